@@ -1,0 +1,67 @@
+"""Singular-value expert vectors: many skills on one base model, any mixture in any row of a batch.
+
+    W  = U diag(s) V^T                     the frozen weight, decomposed once
+    W' = U diag(s * (1 + d)) V^T           an expert: d, one offset per kept singular direction (Transformer^2)
+    y  = W x + U_k ((s * d)_k * V_k^T x)   how it is applied: d = 0 is the base, bit for bit
+
+Shapes are named by the same letters everywhere: `b` rows of a batch, `t` tokens, `o` out features, `i` in features,
+`k` kept singular directions of one matrix, `n` all kept directions of all adapted matrices side by side (numbers of an
+expert), `e` experts, `v` vocabulary.
+
+Names resolve on first use, so that importing the package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Basis": "basis",
+    "decompose": "basis",
+    "Expert": "expert",
+    "Library": "expert",
+    "conflict": "expert",
+    "Bank": "model",
+    "Mixture": "model",
+    "SpectralModel": "model",
+    "check_lora": "export",
+    "export_lora": "export",
+    "merge": "export",
+    "BasisError": "errors",
+    "ExpertError": "errors",
+    "ExportError": "errors",
+    "MismatchError": "errors",
+    "MixtureError": "errors",
+    "SvdExpertError": "errors",
+    "UnknownExpertError": "errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from svdexpert.basis import Basis, decompose
+    from svdexpert.errors import (
+        BasisError,
+        ExpertError,
+        ExportError,
+        MismatchError,
+        MixtureError,
+        SvdExpertError,
+        UnknownExpertError,
+    )
+    from svdexpert.expert import Expert, Library, conflict
+    from svdexpert.export import check_lora, export_lora, merge
+    from svdexpert.model import Bank, Mixture, SpectralModel
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'svdexpert' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"svdexpert.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,709 @@
+"""A Hugging Face causal LM whose rows can each speak with their own mixture of experts.
+
+    mixture of a row:  d = sum_e a_e d_e              (n), a vector: its cost does not grow with the number of experts
+    of a batch:        einsum("b e, e n -> b n")      another mixture in every row, in one forward pass
+
+`SpectralModel` owns nothing but the attachment: the weights stay the base's, every Hugging Face call keeps working, and
+`detach` gives the same module types and storages back. A mixture belongs to a call and to the thread that makes it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from einops import einsum, rearrange, repeat
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.hub import cached_file
+
+from svdexpert.basis import Basis, Rank, Support, decompose, fingerprint, weight_of
+from svdexpert.errors import BasisError, MixtureError, SvdExpertError, UnknownExpertError, did_you_mean
+from svdexpert.expert import Core, Expert, flat_scale
+from svdexpert.layers import Form, Scope, adapt, is_adapted, restore
+
+Blend = Expert | str | Mapping[str, float] | None
+"""One mixture: an expert, the name of one, weights by name, or nothing (the base)."""
+
+Message = Mapping[str, Any]
+Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
+"""A text, a chat, several of either, or token ids (b t)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """The offsets of one call: the same for all rows (n), one a row (b n), or one a token (b t n).
+
+    Gradients flow through it into whatever the offsets were computed from.
+
+    Attributes:
+        offsets: fp32, all matrices side by side in the order of the basis.
+        core: of the experts that were mixed.
+    """
+
+    offsets: Tensor
+    core: Core = "diag"
+
+    @property
+    def rows(self) -> int | None:
+        return None if self.offsets.dim() == 1 else self.offsets.shape[0]
+
+    def repeated(self, times: int) -> Mixture:
+        """Return every row `times` times in succession, as Hugging Face expands inputs for beams and sequences."""
+        if times == 1 or self.rows is None:
+            return self
+        return Mixture(repeat(self.offsets, "b ... n -> (b times) ... n", times=times), self.core)
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Experts of one basis stacked for mixing; any number of them costs the same per forward pass.
+
+    Attributes:
+        names: of the experts (e).
+        offsets: fp32 (e n).
+        core: of all of them.
+    """
+
+    names: tuple[str, ...]
+    offsets: Tensor
+    core: Core = "diag"
+
+    @classmethod
+    def of(cls, experts: Mapping[str, Expert], basis: Basis) -> Bank:
+        """Stack experts.
+
+        Args:
+            experts: by name, at least one.
+            basis: that they are for.
+
+        Raises:
+            MismatchError: one of them is for another basis, or has another core than the first.
+            MixtureError: there are none.
+        """
+        if not experts:
+            raise MixtureError("A bank needs at least one expert.")
+        core = next(iter(experts.values())).core
+        for name, expert in experts.items():
+            expert.check_fits(basis.key, core, who=name)
+        return cls(tuple(experts), torch.stack([expert.flat(basis) for expert in experts.values()]), core)
+
+    def mix(self, weights: Mapping[str, float] | Sequence[Blend] | Tensor) -> Mixture:
+        """Return the mixture with these weights.
+
+        Args:
+            weights: by name, for all rows; a sequence of names, weights by name or None, one a row; or a tensor in the
+                order of `names`: (e) for all rows, (b e) by row, (b t e) by token.
+
+        Raises:
+            MixtureError: an unknown name, a weight that is not finite, a tensor of another width.
+        """
+        if isinstance(weights, Tensor):
+            if weights.dim() not in (1, 2, 3) or weights.shape[-1] != len(self.names):
+                raise MixtureError(
+                    f"Weights have shape {tuple(weights.shape)}; for {len(self.names)} experts they are (e), (b e) or "
+                    f"(b t e) with e = {len(self.names)}."
+                )
+            if not torch.isfinite(weights).all():
+                raise MixtureError("Weights hold NaN or infinite values.")
+            table = weights.to(self.offsets.device, torch.float32)
+        elif isinstance(weights, Mapping):
+            table = torch.tensor(self._row(weights), device=self.offsets.device)
+        else:
+            table = torch.tensor([self._row(row) for row in weights], device=self.offsets.device)
+        return Mixture(einsum(table, self.offsets, "... e, e n -> ... n"), self.core)
+
+    def _row(self, blend: Blend) -> list[float]:
+        if isinstance(blend, Expert):
+            raise MixtureError("A row of a bank names its experts; to mix expert values, leave the library out.")
+        wanted = _weights(blend)
+        for name, weight in wanted.items():
+            if name not in self.names:
+                raise MixtureError(f"There is no expert {name!r}." + did_you_mean(name, self.names))
+            if not abs(weight) < float("inf"):
+                raise MixtureError(f"The weight of {name!r} is {weight}.")
+        return [float(wanted.get(name, 0.0)) for name in self.names]
+
+
+def _weights(blend: Blend) -> Mapping[str, float]:
+    """Return weights by name; the base is no weights."""
+    if blend is None:
+        return {}
+    if isinstance(blend, str):
+        return {blend: 1.0}
+    if isinstance(blend, Mapping):
+        return blend
+    raise MixtureError(f"A mixture is an expert, a name, weights by name or None, not {type(blend).__name__}.")
+
+
+class SpectralModel:
+    """A causal LM with a basis attached, so that experts can act on it.
+
+    The base is frozen while attached: only offsets train. Use it as a context manager to detach at the end.
+
+    Attributes:
+        hf: the Hugging Face model; call it as ever, inside `using` with a mixture, outside as the plain base.
+        basis: U_k, s_k, V_k of its matrices.
+        tokenizer: its tokenizer, or None if it was attached without one.
+        form: "delta" or "factored".
+    """
+
+    def __init__(
+        self, hf: PreTrainedModel, basis: Basis, tokenizer: PreTrainedTokenizerBase | None, form: Form
+    ) -> None:
+        self.hf = hf
+        self.basis = basis
+        self.tokenizer = tokenizer
+        self.form = form
+        self._scope = Scope()
+        self._attached = True
+        self._banks: OrderedDict[tuple[tuple[str, int], ...], tuple[Bank, tuple[Expert, ...]]] = OrderedDict()
+        self._scales: dict[Core, Tensor] = {}
+        self._modules = [hf.get_submodule(name) for name in basis.names]
+        self._needed_gradient = [(one, one.requires_grad) for one in hf.parameters()]
+        self._checkpointing = [m for m in hf.modules() if isinstance(m, GradientCheckpointingLayer | PreTrainedModel)]
+        if any(is_adapted(module) for module in self._modules):
+            raise SvdExpertError("This model is attached already: detach() it first, or use the one that holds it.")
+        try:
+            for position, (module, factors) in enumerate(zip(self._modules, basis.factors.values(), strict=True)):
+                adapt(module, factors, self._scope, position, form)
+            hf.requires_grad_(False)
+            self._capture_checkpoints()
+        except BaseException:
+            self.detach()
+            raise
+
+    # --- made and unmade
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        *,
+        revision: str | None = None,
+        k: Rank = 64,
+        support: Support = "top",
+        first_layer: int | None = None,
+        targets: Sequence[str] | None = None,
+        calibration: Sequence[str] | None = None,
+        form: Form = "delta",
+        dtype: str | torch.dtype = "auto",
+        device_map: str | dict[str, Any] | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        cache: bool = True,
+        progress: bool = True,
+    ) -> SpectralModel:
+        """Load a model and its tokenizer, decompose it (once; then from the cache) and attach the basis.
+
+        Args:
+            base: hub id or local folder of a causal LM.
+            revision: branch, tag or commit of a hub id.
+            k: directions kept in every matrix, or "full".
+            support: "top" or "sensitivity".
+            first_layer: first decoder layer that experts touch; a third of the depth if None.
+            targets: shell-style patterns of module names that narrow what is adapted.
+            calibration: texts, one batch each, for support "sensitivity".
+            form: "delta"; "factored" needs k="full" and does not read W while a mixture is active.
+            dtype: of the loaded weights; "auto" is the checkpoint's own.
+            device_map: as in transformers.
+            token: for private repositories.
+            trust_remote_code: run modelling code from the repository.
+            cache: keep factors on disk.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            BasisError: the model cannot be decomposed as asked.
+            OSError: transformers cannot find or read the model.
+        """
+        base = str(base)
+        where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, device_map=device_map, output_loading_info=True, **where
+        )
+        hf, loading = loaded
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base, **where)
+        except (OSError, ValueError):  # a model without tokenizer files still takes token ids
+            tokenizer = None
+        checkpoint = None
+        if not loading["missing_keys"]:  # weights that the files lack are random: nothing recorded speaks for them
+            config = cached_file(base, "config.json", revision=revision, token=token)
+            checkpoint = Path(config).parent if config else None
+        batches = None
+        if calibration is not None:
+            if tokenizer is None:
+                raise BasisError(f"{base} has no tokenizer: call decompose() with calibration token ids instead.")
+            batches = [tokenizer(text, return_tensors="pt")["input_ids"] for text in calibration]
+        basis = decompose(
+            hf,
+            targets,
+            k,
+            support,
+            first_layer,
+            calibration=batches,
+            checkpoint=checkpoint,
+            cache=cache,
+            progress=progress,
+        )
+        return cls._on(hf, basis, tokenizer, form)
+
+    @classmethod
+    def attach(
+        cls,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        basis: Basis | None = None,
+        k: Rank = 64,
+        support: Support = "top",
+        first_layer: int | None = None,
+        targets: Sequence[str] | None = None,
+        form: Form = "delta",
+        progress: bool = True,
+    ) -> SpectralModel:
+        """Let experts act on a model that is already loaded.
+
+        Args:
+            hf: any Hugging Face causal LM.
+            tokenizer: for text prompts; without one, pass token ids.
+            basis: of exactly these weights; decomposed here if None, with the arguments that follow.
+            k: directions kept in every matrix, or "full".
+            support: "top"; for "sensitivity" call `decompose` and pass its basis.
+            first_layer: first decoder layer that experts touch; a third of the depth if None.
+            targets: shell-style patterns of module names that narrow what is adapted.
+            form: "delta", or "factored" for k="full".
+            progress: show a progress bar on stderr.
+
+        Raises:
+            BasisError: the model cannot be decomposed as asked, or `basis` is that of other weights.
+            SvdExpertError: the model is attached already.
+        """
+        if basis is None:
+            basis = decompose(hf, targets, k, support, first_layer, progress=progress)
+        else:
+            modules = dict(hf.named_modules())
+            for name, one in basis.key.matrices.items():
+                if name not in modules:
+                    raise BasisError(f"The basis has {name}, this model does not: it is the basis of another model.")
+                with weight_of(modules[name]) as weight:
+                    if tuple(weight.shape) != one.shape or fingerprint(weight) != one.fingerprint:
+                        raise BasisError(f"The basis is that of other weights (first difference: {name}).")
+        return cls._on(hf, basis, tokenizer, form)
+
+    @classmethod
+    def _on(
+        cls, hf: PreTrainedModel, basis: Basis, tokenizer: PreTrainedTokenizerBase | None, form: Form
+    ) -> SpectralModel:
+        if form not in ("delta", "factored"):
+            raise BasisError(f"form is {form!r}." + did_you_mean(str(form), ("delta", "factored")))
+        short = [name for name, one in basis.key.matrices.items() if one.k < min(one.shape)]
+        if form == "factored" and short:
+            raise BasisError(f'The factored form needs all directions; {short[0]} keeps fewer. Use k="full".')
+        return cls(hf, basis, tokenizer, form)
+
+    def detach(self) -> PreTrainedModel:
+        """Give the untouched base back: same storages, same module types, gradients required as before.
+
+        Returns:
+            The Hugging Face model. This object can no longer be used.
+        """
+        for module in self._modules:
+            restore(module)
+        for parameter, needed in self._needed_gradient:
+            parameter.requires_grad_(needed)
+        for module in self._checkpointing:
+            captured = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(captured, _CapturedCheckpoint):
+                cast(Any, module)._gradient_checkpointing_func = captured.original
+        self._attached = False
+        return self.hf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # --- mixtures
+
+    def bank(self, experts: Mapping[str, Expert]) -> Bank:
+        """Return experts stacked on this model's device, checked to fit it; the fast way to mix many times.
+
+        Args:
+            experts: by name; a `Library` is one.
+
+        Raises:
+            MismatchError: one of them does not fit this model.
+        """
+        bank = Bank.of(experts, self.basis)
+        return Bank(bank.names, bank.offsets.to(self._places[0][0]), bank.core)
+
+    def mixture(
+        self,
+        experts: Mixture | Blend | Sequence[Blend] | Tensor,
+        library: Mapping[str, Expert] | Bank | None = None,
+    ) -> Mixture | None:
+        """Return what `experts` means on this model; None is the base.
+
+        Args:
+            experts: one mixture for all rows (an expert, a name, weights by name, None), a sequence of them with one
+                a row, a tensor of weights over the library (e), (b e) or (b t e), or a `Mixture`.
+            library: where names are looked up.
+
+        Raises:
+            MixtureError: an unknown name, names without a library, weights that are not finite.
+            MismatchError: an expert does not fit this model.
+        """
+        if experts is None:
+            return None
+        if isinstance(experts, Mixture):
+            wanted = sum(self._sizes(experts.core))
+            if experts.offsets.dim() not in (1, 2, 3) or experts.offsets.shape[-1] != wanted:
+                raise MixtureError(
+                    f"The mixture has shape {tuple(experts.offsets.shape)}; on this basis it is (n), (b n) or (b t n) "
+                    f"with n = {wanted}."
+                )
+            return experts
+        if isinstance(experts, Expert):
+            experts.check_fits(self.basis.key)
+            return Mixture(experts.flat(self.basis), experts.core)
+        if isinstance(experts, Tensor):
+            if library is None:
+                raise MixtureError("Weights in a tensor need library=..., whose order they follow.")
+            return self._bank(library, None).mix(experts)
+        if isinstance(experts, str | Mapping):
+            return self._bank(library, [experts]).mix(_weights(experts))
+        if not isinstance(experts, Sequence):
+            raise MixtureError(f"experts is a {type(experts).__name__}: {_KINDS}.")
+        if any(isinstance(row, Expert) for row in experts):
+            return self._rows(experts, library)
+        if all(not _weights(row) for row in experts):
+            return None  # every row is the base
+        return self._bank(library, experts).mix(experts)
+
+    def _rows(self, experts: Sequence[Blend], library: Mapping[str, Expert] | Bank | None) -> Mixture:
+        """Stack rows some of which are expert values."""
+        values = [row for row in experts if isinstance(row, Expert)]
+        core = values[0].core
+        flat = []
+        for row in experts:
+            if isinstance(row, Expert):
+                row.check_fits(self.basis.key, core)
+                flat.append(row.flat(self.basis))
+            elif not _weights(row):
+                flat.append(torch.zeros(sum(self._sizes(core))))
+            else:
+                mixed = self._bank(library, [row]).mix(_weights(row))
+                if mixed.core != core:
+                    raise MixtureError(f"Rows of one batch share a core; found {mixed.core} and {core}.")
+                flat.append(mixed.offsets.cpu())
+        return Mixture(torch.stack(flat), core)
+
+    def _bank(self, library: Mapping[str, Expert] | Bank | None, rows: Sequence[Blend] | None) -> Bank:
+        """Return the bank of a library, or of those of its experts that the rows name; the last few are kept."""
+        if isinstance(library, Bank):
+            return library
+        if library is None:
+            raise MixtureError("Experts given by name need library=... (a Library, or experts by name).")
+        names = list(library) if rows is None else list(dict.fromkeys(n for row in rows for n in _weights(row)))
+        try:
+            experts = {name: library[name] for name in names}
+        except UnknownExpertError:
+            raise
+        except KeyError as error:
+            name = str(error.args[0])
+            raise MixtureError(f"There is no expert {name!r}." + did_you_mean(name, library)) from None
+        key = tuple((name, id(expert)) for name, expert in experts.items())
+        if key not in self._banks:
+            self._banks[key] = (self.bank(experts), tuple(experts.values()))  # experts kept, so that ids stay theirs
+            while len(self._banks) > 8:
+                self._banks.popitem(last=False)
+        return self._banks[key][0]
+
+    @contextmanager
+    def using(
+        self,
+        experts: Mixture | Blend | Sequence[Blend] | Tensor,
+        library: Mapping[str, Expert] | Bank | None = None,
+    ) -> Iterator[Self]:
+        """Put a mixture in force for any call of `hf` in the body, in this thread; None is the base.
+
+        Args:
+            experts: as in `mixture`.
+            library: where names are looked up.
+
+        Raises:
+            MixtureError: as in `mixture`; at the forward pass, when rows or tokens do not match the batch.
+            MismatchError: an expert does not fit this model.
+        """
+        if not self._attached:
+            raise SvdExpertError("This model is detached: attach it again with SpectralModel.attach(model.hf, ...).")
+        mixture = self.mixture(experts, library)
+        self._capture_checkpoints()
+        if mixture is None:
+            with self._scope.entered(None, False):
+                yield self
+        else:
+            with self._scope.entered(self._coefficients(mixture), mixture.core == "dense"):
+                yield self
+
+    def _coefficients(self, mixture: Mixture) -> tuple[Tensor, ...]:
+        """Return what each matrix multiplies V^T x by: (k) | (b 1 k) | (b t k), dense (k k) | (b k k) | (b t k k)."""
+        core = mixture.core
+        offsets = mixture.offsets
+        if core not in self._scales or self._scales[core].device != offsets.device:
+            self._scales[core] = flat_scale(self.basis.singular_values, core).to(offsets.device)
+        changes = offsets * self._scales[core]
+        if core == "diag" and self.form == "factored":
+            changes = changes + self._scales[core]  # s * (1 + d)
+        sizes = self._sizes(core)
+        if core == "diag" and changes.dim() == 2:
+            changes = rearrange(changes, "b n -> b 1 n")
+        by_place = {place: changes.to(place[0], place[1]).split(sizes, -1) for place in set(self._places)}
+        parts = [by_place[place][position] for position, place in enumerate(self._places)]
+        if core == "dense":
+            ks = self.basis.sizes
+            parts = [part.unflatten(-1, (k, k)) for part, k in zip(parts, ks, strict=True)]
+            if self.form == "factored":
+                values = self.basis.factors.values()
+                parts = [part + one.s.to(part).diag() for part, one in zip(parts, values, strict=True)]
+        return tuple(parts)
+
+    def _sizes(self, core: Core) -> list[int]:
+        return [k * k if core == "dense" else k for k in self.basis.sizes]
+
+    @property
+    def _places(self) -> list[tuple[torch.device, torch.dtype]]:
+        factors = [cast(Tensor, module._buffers["_svd_u_t"]) for module in self._modules]
+        return [(factor.device, factor.dtype) for factor in factors]
+
+    def _capture_checkpoints(self) -> None:
+        """Make gradient checkpointing recompute a layer under the mixture of its forward pass."""
+        for module in self._checkpointing:
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _CapturedCheckpoint):
+                cast(Any, module)._gradient_checkpointing_func = _CapturedCheckpoint(function, self._scope)
+
+    # --- calls
+
+    def generate(
+        self,
+        prompts: Prompts,
+        experts: Mixture | Blend | Sequence[Blend] | Tensor = None,
+        *,
+        library: Mapping[str, Expert] | Bank | None = None,
+        attention_mask: Tensor | None = None,
+        tools: Sequence[Any] | None = None,
+        max_new_tokens: int = 64,
+        streamer: BaseStreamer | None = None,
+        **generation: Any,
+    ) -> list[str] | Tensor:
+        """Generate with a mixture of experts, another one in every row if wanted.
+
+        Args:
+            prompts: texts, chats (lists of messages, put through the chat template) or token ids (b t).
+            experts: one mixture for all rows or one a row, as in `mixture`; None is the base.
+            library: where names are looked up.
+            attention_mask: (b t), for token ids with padding (on the left).
+            tools: functions or JSON schemas for the chat template.
+            max_new_tokens: upper bound of the reply, in tokens.
+            streamer: a transformers streamer (they take one row).
+            generation: any setting of transformers' GenerationConfig (do_sample, num_beams, stop_strings, ...), or
+                stopping_criteria, logits_processor and the like.
+
+        Returns:
+            For texts and chats the replies, `num_return_sequences` a prompt; for token ids what transformers returns.
+
+        Raises:
+            MixtureError: the rows of `experts` are not those of `prompts`, or it is by token.
+            SvdExpertError: text without a tokenizer, chats without a chat template.
+        """
+        mixture = self.mixture(experts, library)
+        if mixture is not None and mixture.offsets.dim() == 3:
+            raise MixtureError("generate takes one mixture a row: tokens that do not exist yet have none of their own.")
+        if isinstance(prompts, Tensor):
+            ids, mask = prompts, torch.ones_like(prompts) if attention_mask is None else attention_mask
+        else:
+            ids, mask = self._padded(self._encode(prompts, tools), left=True)
+        mixture = self._for_rows(mixture, ids.shape[0])
+        config = generation.get("generation_config") or self.hf.generation_config
+        beams = generation.get("num_beams", config.num_beams) or 1
+        sequences = generation.get("num_return_sequences", config.num_return_sequences) or 1
+        if mixture is not None:
+            mixture = mixture.repeated(max(beams, sequences))
+        if "stop_strings" in generation:
+            generation["tokenizer"] = self._tokenizer()
+        if self.tokenizer is not None and "pad_token_id" not in generation and config.pad_token_id is None:
+            generation["pad_token_id"] = self._pad_id()
+        device = self.hf.device
+        with self.using(mixture):
+            output = cast(Any, self.hf).generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **generation,
+            )
+        if isinstance(prompts, Tensor) or not isinstance(output, Tensor):
+            return cast(Tensor, output)
+        replies = output[:, ids.shape[1] :]
+        return [str(self._tokenizer().decode(row, skip_special_tokens=True)) for row in replies]
+
+    def logits(
+        self,
+        prompts: Prompts,
+        experts: Mixture | Blend | Sequence[Blend] | Tensor = None,
+        *,
+        library: Mapping[str, Expert] | Bank | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> Tensor:
+        """Return next-token logits (b t v); shorter prompts are padded on the right, where it changes nothing before.
+
+        Args:
+            prompts: texts, chats or token ids (b t).
+            experts: as in `mixture`, by token too.
+            library: where names are looked up.
+            tools: for the chat template.
+        """
+        if isinstance(prompts, Tensor):
+            ids, mask = prompts, torch.ones_like(prompts)
+        else:
+            ids, mask = self._padded(self._encode(prompts, tools), left=False)
+        return self._forward(ids, mask, self.mixture(experts, library))
+
+    def logprobs(
+        self,
+        prompts: Prompts,
+        completions: Sequence[str] | Sequence[Tensor],
+        experts: Mixture | Blend | Sequence[Blend] | Tensor = None,
+        *,
+        library: Mapping[str, Expert] | Bank | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> list[Tensor]:
+        """Return the log-probability of every token of every completion, given its prompt.
+
+        Args:
+            prompts: texts, chats or token ids (b t) without padding.
+            completions: one a prompt: text, tokenised without special tokens, or token ids (t).
+            experts: as in `mixture`, one mixture for all rows or one a row.
+            library: where names are looked up.
+            tools: for the chat template.
+
+        Returns:
+            One tensor (t) a row, fp32, in nats.
+        """
+        starts = list(prompts) if isinstance(prompts, Tensor) else self._encode(prompts, tools)
+        if len(completions) != len(starts):
+            raise SvdExpertError(f"There are {len(starts)} prompts and {len(completions)} completions.")
+        ends = [
+            one if isinstance(one, Tensor) else self._token_ids(one, add_special_tokens=False) for one in completions
+        ]
+        ids, mask = self._padded(
+            [torch.cat([start.cpu(), end.cpu()]) for start, end in zip(starts, ends, strict=True)], left=False
+        )
+        logits = self._forward(ids, mask, self.mixture(experts, library))
+        result = []
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            scores = logits[row, len(start) - 1 : len(start) + len(end) - 1].float().log_softmax(-1)  # (t v)
+            result.append(scores.gather(-1, end.to(scores.device)[:, None]).squeeze(-1))
+        return result
+
+    def _forward(self, ids: Tensor, mask: Tensor, mixture: Mixture | None) -> Tensor:
+        mixture = self._for_rows(mixture, ids.shape[0])
+        device = self.hf.device
+        with self.using(mixture):
+            output = self.hf(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        return cast(Tensor, output.logits)
+
+    def _for_rows(self, mixture: Mixture | None, rows: int) -> Mixture | None:
+        if mixture is not None and mixture.rows not in (None, rows):
+            raise MixtureError(f"There are {rows} prompts and {mixture.rows} rows of experts: give one for each row.")
+        return mixture
+
+    # --- text
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise SvdExpertError("This model has no tokenizer: pass token ids, or attach it with tokenizer=...")
+        return self.tokenizer
+
+    def _encode(self, prompts: Prompts, tools: Sequence[Any] | None) -> list[Tensor]:
+        """Return the token ids (t) of every prompt."""
+        batch: Any = prompts
+        if isinstance(batch, str) or (batch and isinstance(batch[0], Mapping)):
+            batch = [batch]
+        if not batch:
+            raise SvdExpertError("There are no prompts.")
+        if isinstance(batch[0], str):
+            if tools:
+                raise SvdExpertError("tools belong to chats: pass lists of messages instead of texts.")
+            return [self._token_ids(text) for text in batch]
+        tokenizer = self._tokenizer()
+        if tokenizer.chat_template is None:
+            raise SvdExpertError("The tokenizer has no chat template: pass texts, or set tokenizer.chat_template.")
+        encoded = []
+        for chat in batch:
+            ids = tokenizer.apply_chat_template(
+                chat, tools=cast(Any, tools), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            encoded.append(cast(Any, ids)["input_ids"][0])
+        return encoded
+
+    def _token_ids(self, text: str, add_special_tokens: bool = True) -> Tensor:
+        ids = self._tokenizer()(text, add_special_tokens=add_special_tokens)["input_ids"]
+        if not ids:
+            raise SvdExpertError("A text of no tokens cannot be scored or continued.")
+        return torch.tensor(ids)
+
+    def _pad_id(self) -> int:
+        tokenizer = self._tokenizer()
+        for one in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+            if isinstance(one, int):
+                return one
+        return 0  # masked wherever it stands
+
+    def _padded(self, sequences: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
+        """Return ids and mask (b t)."""
+        side = "left" if left else "right"
+        pad = self._pad_id() if self.tokenizer is not None else 0
+        ids = nn.utils.rnn.pad_sequence(list(sequences), True, float(pad), padding_side=side)
+        ones = [torch.ones_like(one) for one in sequences]
+        return ids, nn.utils.rnn.pad_sequence(ones, True, 0.0, padding_side=side)
+
+    def __repr__(self) -> str:
+        state = "attached" if self._attached else "detached"
+        return f"SpectralModel({self.basis.key}, {state}, {self.form} form, {self.basis!r})"
+
+
+_KINDS = "use an expert, a name, weights by name, None, a sequence of these, a tensor of weights, or a Mixture"
+
+
+class _CapturedCheckpoint:
+    """A gradient-checkpointing function that recomputes under the mixture of its forward pass.
+
+    The backward pass may run after the scope has closed, under another mixture, and in another thread.
+    """
+
+    def __init__(self, original: Callable[..., Any], scope: Scope) -> None:
+        self.original = original
+        self.scope = scope
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        coefficients, dense = self.scope.coefficients, self.scope.dense
+
+        def under_the_same_mixture(*inner: Any, **named: Any) -> Any:
+            with self.scope.entered(coefficients, dense):
+                return function(*inner, **named)
+
+        return self.original(under_the_same_mixture, *args, **kwargs)

@@ -1,0 +1,77 @@
+"""How anything of ours reaches the disk: whole, or not at all.
+
+A file or folder is written beside its place under a temporary name and renamed into it, so that a full disk, an
+exception or a kill leaves the old one intact, and two processes that write the same thing both end with a whole one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; what the body writes there becomes `path` when it ends without an exception.
+
+    Args:
+        path: the final place; its folder is made if need be.
+
+    Raises:
+        OSError: the disk refused; `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; it takes the place of `path` when the body ends without an exception.
+
+    A folder cannot be renamed over a full one, so the old one steps aside for the length of two renames, as
+    `.NAME.*.old`; a failure of the second rename puts it back.
+
+    Args:
+        path: the final place; its parent is made if need be.
+
+    Raises:
+        OSError: the disk refused; `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        if not path.exists():
+            os.rename(temporary, path)
+            return
+        aside = temporary.with_suffix(".old")
+        os.rename(path, aside)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(aside, path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(temporary)
+
+
+def _umask() -> int:
+    # The umask can only be read by setting it; temporary files are made private, their final names should not be.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
