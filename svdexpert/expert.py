@@ -234,6 +234,25 @@ class Expert:
                 "with the same k, support and first_layer."
             )
 
+    def check_on(self, basis: Basis, core: Core | None = None, *, who: str = "") -> None:
+        """Raise unless this expert may act on `basis`: its key fits, and its singular values are those of the basis.
+
+        The values also tell apart two supports chosen on different calibration data.
+
+        Raises:
+            MismatchError: it does not fit.
+        """
+        self.check_fits(basis.key, core, who=who)
+        for name, ours in basis.singular_values.items():
+            theirs = self.singular_values[name]
+            if not torch.allclose(theirs, ours, rtol=1e-4, atol=1e-6 * float(ours.max())):
+                worst = int((theirs - ours).abs().argmax())
+                raise MismatchError(
+                    f"{who or self}: the singular values of {name} are not those of this basis (direction {worst}: "
+                    f"{theirs[worst]:.6g}, here {ours[worst]:.6g}).\nThe same weights were decomposed along other "
+                    "directions: use the same calibration data, or train an expert here."
+                )
+
     # --- files
 
     def save(self, folder: str | Path) -> Path:

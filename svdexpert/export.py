@@ -82,7 +82,7 @@ def export_lora(
         ExportError: an unknown rank, a lossy export that was not allowed, a folder in use, a disk that refused.
         MismatchError: the expert does not fit the model.
     """
-    expert.check_fits(model.basis.key)
+    expert.check_on(model.basis)
     changes = {name: expert.change(name) for name in model.basis.names}
     if rank is None:
         used = max(one.count_nonzero().item() if one.dim() == 1 else one.shape[0] for one in changes.values())
@@ -182,7 +182,7 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
         ExportError: a folder in use, a disk that refused, weights offloaded by accelerate.
         MismatchError: the expert does not fit the model.
     """
-    expert.check_fits(model.basis.key)
+    expert.check_on(model.basis)
     state = model.hf.state_dict()
     if any(one.is_meta for one in state.values()):
         raise ExportError("Some weights are offloaded: load the model without offloading to merge into it.")

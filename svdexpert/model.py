@@ -93,7 +93,7 @@ class Bank:
             raise MixtureError("A bank needs at least one expert.")
         core = next(iter(experts.values())).core
         for name, expert in experts.items():
-            expert.check_fits(basis.key, core, who=name)
+            expert.check_on(basis, core, who=name)
         return cls(tuple(experts), torch.stack([expert.flat(basis) for expert in experts.values()]), core)
 
     def mix(self, weights: Mapping[str, float] | Sequence[Blend] | Tensor) -> Mixture:
@@ -376,7 +376,7 @@ class SpectralModel:
                 )
             return experts
         if isinstance(experts, Expert):
-            experts.check_fits(self.basis.key)
+            experts.check_on(self.basis)
             return Mixture(experts.flat(self.basis), experts.core)
         if isinstance(experts, Tensor):
             if library is None:
@@ -399,7 +399,7 @@ class SpectralModel:
         flat = []
         for row in experts:
             if isinstance(row, Expert):
-                row.check_fits(self.basis.key, core)
+                row.check_on(self.basis, core)
                 flat.append(row.flat(self.basis))
             elif not _weights(row):
                 flat.append(torch.zeros(sum(self._sizes(core))))
