@@ -190,6 +190,7 @@ class Basis:
         )
 
 
+@torch.inference_mode(False)  # factors outlive the call and take part in training
 def decompose(
     model: PreTrainedModel,
     targets: Sequence[str] | None = None,

@@ -155,15 +155,19 @@ def adapt(module: nn.Module, factors: Factors, scope: Scope, position: int, form
         position: of the matrix in the basis.
         form: "delta" or "factored".
     """
-    weight = cast(Tensor, module.weight)
-    # Where accelerate has offloaded the weight, factors go where it will be brought for the product.
-    device = cast(Any, module)._hf_hook.execution_device if weight.is_meta else weight.device
+    weight, device = cast(Tensor, module.weight), device_of(module)
     with torch.inference_mode(False):  # buffers made in inference mode could not take part in training later
         for name, factor in (("_svd_v", factors.v), ("_svd_u_t", factors.u_t)):
             module.register_buffer(name, factor.to(device, weight.dtype), persistent=False)
     state = cast(Any, module)
     state._svd_scope, state._svd_position = scope, position
     _set_class(module, adapted_class(type(module), form))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes: where its weight is, or where accelerate will bring it."""
+    weight = cast(Tensor, module.weight)
+    return torch.device(cast(Any, module)._hf_hook.execution_device) if weight.is_meta else weight.device
 
 
 def restore(module: nn.Module) -> None:

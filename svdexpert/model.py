@@ -28,7 +28,7 @@ from transformers.utils.hub import cached_file
 from svdexpert.basis import Basis, Rank, Support, decompose, fingerprint, weight_of
 from svdexpert.errors import BasisError, MixtureError, SvdExpertError, UnknownExpertError, did_you_mean
 from svdexpert.expert import Core, Expert, flat_scale
-from svdexpert.layers import Form, Scope, adapt, is_adapted, restore
+from svdexpert.layers import Form, Scope, adapt, device_of, is_adapted, restore
 
 Blend = Expert | str | Mapping[str, float] | None
 """One mixture: an expert, the name of one, weights by name, or nothing (the base)."""
@@ -463,7 +463,8 @@ class SpectralModel:
         core = mixture.core
         offsets = mixture.offsets
         if core not in self._scales or self._scales[core].device != offsets.device:
-            self._scales[core] = flat_scale(self.basis.singular_values, core).to(offsets.device)
+            with torch.inference_mode(False):  # kept, so it may be needed by training later
+                self._scales[core] = flat_scale(self.basis.singular_values, core).to(offsets.device)
         changes = offsets * self._scales[core]
         if core == "diag" and self.form == "factored":
             changes = changes + self._scales[core]  # s * (1 + d)
@@ -546,7 +547,7 @@ class SpectralModel:
             generation["tokenizer"] = self._tokenizer()
         if self.tokenizer is not None and "pad_token_id" not in generation and config.pad_token_id is None:
             generation["pad_token_id"] = self._pad_id()
-        device = self.hf.device
+        device = device_of(self.hf.get_input_embeddings())
         with self.using(mixture):
             output = cast(Any, self.hf).generate(
                 input_ids=ids.to(device),
@@ -621,7 +622,7 @@ class SpectralModel:
 
     def _forward(self, ids: Tensor, mask: Tensor, mixture: Mixture | None) -> Tensor:
         mixture = self._for_rows(mixture, ids.shape[0])
-        device = self.hf.device
+        device = device_of(self.hf.get_input_embeddings())
         with self.using(mixture):
             output = self.hf(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         return cast(Tensor, output.logits)
