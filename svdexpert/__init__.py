@@ -42,19 +42,24 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from svdexpert.basis import Basis, decompose
-    from svdexpert.errors import (
-        BasisError,
-        ExpertError,
-        ExportError,
-        MismatchError,
-        MixtureError,
-        SvdExpertError,
-        UnknownExpertError,
-    )
-    from svdexpert.expert import Expert, Library, conflict
-    from svdexpert.export import check_lora, export_lora, merge
-    from svdexpert.model import Bank, Mixture, SpectralModel
+    from svdexpert.basis import Basis as Basis
+    from svdexpert.basis import decompose as decompose
+    from svdexpert.errors import BasisError as BasisError
+    from svdexpert.errors import ExpertError as ExpertError
+    from svdexpert.errors import ExportError as ExportError
+    from svdexpert.errors import MismatchError as MismatchError
+    from svdexpert.errors import MixtureError as MixtureError
+    from svdexpert.errors import SvdExpertError as SvdExpertError
+    from svdexpert.errors import UnknownExpertError as UnknownExpertError
+    from svdexpert.expert import Expert as Expert
+    from svdexpert.expert import Library as Library
+    from svdexpert.expert import conflict as conflict
+    from svdexpert.export import check_lora as check_lora
+    from svdexpert.export import export_lora as export_lora
+    from svdexpert.export import merge as merge
+    from svdexpert.model import Bank as Bank
+    from svdexpert.model import Mixture as Mixture
+    from svdexpert.model import SpectralModel as SpectralModel
 
 
 def __getattr__(name: str) -> Any:

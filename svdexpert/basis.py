@@ -226,13 +226,13 @@ def decompose(
         BasisError: nothing to adapt, a quantised base, k out of range, a pattern without a match, weights that are not
             finite, "sensitivity" without calibration batches.
     """
-    modules, skipped, depth = _adaptable(model)
+    modules, skipped, depth = adaptable(model)
     first = depth // 3 if first_layer is None else first_layer
     if not 0 <= first < depth:
         raise BasisError(f"first_layer is {first}; the model has layers 0 to {depth - 1}.")
     chosen = {name: module for name, (module, layer) in modules.items() if layer >= first}
     chosen = _narrow(chosen, targets)
-    _check_k(k, {name: _matrix_shape(module) for name, module in chosen.items()})
+    _check_k(k, {name: matrix_shape(module) for name, module in chosen.items()})
     if support not in ("top", "sensitivity"):
         raise BasisError(f"support is {support!r}." + did_you_mean(str(support), ("top", "sensitivity")))
     batches = list(calibration) if calibration is not None else []
@@ -251,10 +251,10 @@ def decompose(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svdexpert-")))
         if support == "top":
             factors = {
-                name: _cached(folder, fingerprints[name], _matrix_shape(module), k, "top")
+                name: _cached(folder, fingerprints[name], matrix_shape(module), k, "top")
                 or _store(
                     folder,
-                    (fingerprints[name], _matrix_shape(module), k, "top"),
+                    (fingerprints[name], matrix_shape(module), k, "top"),
                     _with_weight(module, lambda w, name=name: factorise(w, k, name=name)),
                 )
                 for name, module in _watch(chosen, "decomposing", progress)
@@ -271,7 +271,7 @@ def decompose(
         support=support,
         first_layer=first,
         matrices={
-            name: MatrixKey(_matrix_shape(module), factors[name].k, fingerprints[name])
+            name: MatrixKey(matrix_shape(module), factors[name].k, fingerprints[name])
             for name, module in chosen.items()
         },
     )
@@ -285,8 +285,14 @@ def decompose(
 # --- which matrices -----------------------------------------------------------------------------------------------
 
 
-def _adaptable(model: PreTrainedModel) -> tuple[dict[str, tuple[nn.Module, int]], dict[str, str], int]:
-    """Find the decoder's adaptable modules with their layer, what was skipped and why, and the number of layers."""
+def adaptable(model: PreTrainedModel) -> tuple[dict[str, tuple[nn.Module, int]], dict[str, str], int]:
+    """Return the decoder's adaptable modules with their layer, what was skipped and why, and the number of layers.
+
+    Weights are not read, so a model on the meta device will do.
+
+    Raises:
+        BasisError: not a PreTrainedModel, quantised, or without an adaptable matrix.
+    """
     if not isinstance(model, PreTrainedModel):
         raise BasisError(
             f"decompose takes a Hugging Face PreTrainedModel, not {type(model).__name__}. Unwrap or merge it first "
@@ -325,9 +331,9 @@ def _adaptable(model: PreTrainedModel) -> tuple[dict[str, tuple[nn.Module, int]]
             raise BasisError(_QUANTISED.format(what=f"{name} holds {module.weight.dtype}"))
         if owners[id(module.weight)] > 1:
             skipped[name] = "weight shared with another module"
-        elif _matrix_shape(module)[0] in experts:
+        elif matrix_shape(module)[0] in experts:
             skipped[name] = "router"
-        elif min(_matrix_shape(module)) < 2:
+        elif min(matrix_shape(module)) < 2:
             skipped[name] = "a single direction (a gate)"
         else:
             found[name] = (module, layer)
@@ -370,7 +376,7 @@ def _check_k(k: Rank, shapes: Mapping[str, tuple[int, int]]) -> None:
         )
 
 
-def _matrix_shape(module: nn.Module) -> tuple[int, int]:
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(o, i), also where the module stores its weight transposed."""
     rows, columns = cast(Tensor, module.weight).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
@@ -407,7 +413,7 @@ def fingerprint(weight: Tensor) -> str:
     """
     rows, columns = weight.shape
     digest = hashlib.sha256(f"{rows}x{columns}:".encode())
-    for block in weight.split(max(1, 2**22 // columns)):
+    for block in _blocks(weight):
         digest.update(np.ascontiguousarray(block.float().cpu().numpy(), dtype="<f4").data)
     return digest.hexdigest()
 
@@ -428,7 +434,7 @@ def factorise(weight: Tensor, k: Rank, *, name: str = "matrix") -> Factors:
     Raises:
         BasisError: the matrix holds NaN or infinite values.
     """
-    if not torch.isfinite(weight).all():
+    if not all(torch.isfinite(block).all() for block in _blocks(weight)):
         raise BasisError(f"{name} holds NaN or infinite values: the checkpoint is damaged, load a sound one.")
     if weight.device.type not in ("cpu", "cuda"):
         weight = weight.cpu()  # MPS has no float64
@@ -446,7 +452,7 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T  # (long short)
     short = tall.shape[1]
     gram = torch.zeros(short, short, dtype=torch.float64, device=weight.device)
-    for block in tall.split(max(1, 2**21 // short)):  # in blocks: a float64 copy of W would double the peak memory
+    for block in _blocks(tall):
         block = block.double()
         gram.addmm_(block.T, block)
     if gram.is_cuda:
@@ -464,14 +470,17 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
     values, vectors = values.flip(0), vectors.flip(1)
     if values[-1] <= values[0] * _GRAM_RATIO**2:
         return None
-    other = torch.empty(tall.shape[0], keep, dtype=torch.float64, device=weight.device)
-    for start in range(0, tall.shape[0], step := max(1, 2**21 // short)):
-        other[start : start + step] = tall[start : start + step].double() @ vectors
+    other = torch.cat([block.double() @ vectors for block in _blocks(tall)])
     s = other.norm(dim=0)
     other /= s
     order = s.argsort(descending=True, stable=True)
     s, other, vectors = s[order], other[:, order], vectors[:, order]
     return (other, s, vectors) if tall is weight else (vectors, s, other)
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Split a matrix by rows into parts of about 2^19 values: a float64 copy of all of W would double the peak."""
+    return matrix.split(max(1, 2**19 // matrix.shape[1]))
 
 
 def _from_svd(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -502,7 +511,7 @@ def _sensitive(
         digest.update(ids.cpu().numpy().tobytes() + str(tuple(ids.shape)).encode())
     rule = f"sensitivity:{digest.hexdigest()}"
     done = {
-        name: _cached(folder, fingerprints[name], _matrix_shape(module), k, rule) for name, module in modules.items()
+        name: _cached(folder, fingerprints[name], matrix_shape(module), k, rule) for name, module in modules.items()
     }
     if all(done.values()):
         return cast(dict[str, Factors], done)
@@ -513,7 +522,7 @@ def _sensitive(
         full = {
             name: _store(
                 spool,
-                (fingerprints[name], _matrix_shape(module), "full", "top"),
+                (fingerprints[name], matrix_shape(module), "full", "top"),
                 _with_weight(module, lambda w, name=name: factorise(w, "full", name=name)),
             )
             for name, module in _watch(modules, "decomposing", progress)
@@ -524,7 +533,7 @@ def _sensitive(
             keep = one.k if k == "full" else k
             chosen = scores[name].topk(keep).indices.sort().values
             kept = Factors(one.v[:, chosen].contiguous(), one.s[chosen], one.u_t[chosen].contiguous())
-            factors[name] = _store(folder, (fingerprints[name], _matrix_shape(modules[name]), k, rule), kept)
+            factors[name] = _store(folder, (fingerprints[name], matrix_shape(modules[name]), k, rule), kept)
         return factors
     finally:
         shutil.rmtree(spool, ignore_errors=True)

@@ -365,7 +365,7 @@ class SpectralModel:
             MixtureError: an unknown name, names without a library, weights that are not finite.
             MismatchError: an expert does not fit this model.
         """
-        if experts is None:
+        if experts is None or (isinstance(experts, Mapping) and not experts):
             return None
         if isinstance(experts, Mixture):
             wanted = sum(self._sizes(experts.core))

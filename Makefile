@@ -1,0 +1,34 @@
+# Two commands are the whole set-up on a fresh machine:
+#   make demo    installs into .venv and runs the main job
+#   make test    installs into .venv and runs ruff, mypy and pytest
+# Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow bench clean
+
+demo: .venv/installed
+	$(BIN)/svdexpert demo
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/speed.py
+
+# torch goes first and alone, so that its pinned version is settled before anything else asks for "some torch".
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,299 @@
+"""The command line: every verb is one typed function, and calls the public function of the same meaning.
+
+Options, defaults, `--config` and `--print_config` come from the signatures through jsonargparse. Nothing heavy is
+imported before a verb runs, so that `svdexpert --help` answers at once; for the same reason annotations are not
+postponed here (jsonargparse would import everything under TYPE_CHECKING to resolve them).
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from svdexpert import __version__
+from svdexpert.errors import ExpertError, SvdExpertError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+    from svdexpert.expert import Expert
+    from svdexpert.model import SpectralModel
+
+
+def decompose_model(
+    model: str,
+    k: int | Literal["full"] = 64,
+    support: Literal["top", "sensitivity"] = "top",
+    first_layer: int | None = None,
+    targets: list[str] | None = None,
+    calibration: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+) -> None:
+    """Decompose a model into the factor cache, and show what experts can act on.
+
+    Args:
+        model: hub id or local folder.
+        k: directions kept in every matrix, or "full".
+        support: which ones: largest singular values, or most sensitive on calibration data.
+        first_layer: first decoder layer that experts touch (default: a third of the depth).
+        targets: shell-style patterns of module names that narrow what is adapted.
+        calibration: text file for support "sensitivity", one text a line.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the loaded weights.
+    """
+    import time
+
+    from svdexpert.basis import cache_folder
+    from svdexpert.model import SpectralModel
+    from svdexpert.report import basis_table
+
+    start = time.perf_counter()
+    texts = Path(calibration).read_text(encoding="utf-8").splitlines() if calibration else None
+    loaded = SpectralModel.from_pretrained(
+        model,
+        k=k,
+        support=support,
+        first_layer=first_layer,
+        targets=targets,
+        calibration=texts,
+        revision=revision,
+        dtype=dtype,
+    )
+    _show(basis_table(loaded.basis))
+    _show(f"loaded and decomposed in {time.perf_counter() - start:.1f} s; factors are in {cache_folder()}")
+
+
+def inspect(path: str, plot: str | None = None, revision: str | None = None) -> None:
+    """Show an expert, a library with the conflicts in it, or what could be adapted in a model.
+
+    Args:
+        path: folder of an expert or a library, a hub library as hf://OWNER/NAME, or a model (hub id or folder).
+        plot: picture to write (.png, .pdf, .svg): offsets of an expert, conflict matrix of a library.
+        revision: branch, tag or commit of a hub id.
+    """
+    from svdexpert import report
+    from svdexpert.expert import Expert, Library
+
+    place = Path(path)
+    picture = None if plot is None else Path(plot)
+    if (place / "expert.json").is_file():
+        expert = Expert.load(place)
+        _show(report.expert_table(expert, place.name))
+        if picture is not None:
+            report.plot_expert(expert, picture)
+    elif path.startswith("hf://") or any(place.glob("*/expert.json")):
+        hub = path.removeprefix("hf://")
+        library = Library.from_hub(hub, revision=revision) if path.startswith("hf://") else Library(place)
+        experts = dict(library)
+        _show(report.library_table(experts))
+        _show(report.conflict_table(experts))
+        if picture is not None:
+            report.plot_conflict(experts, picture)
+    else:
+        if place.is_dir() and not (place / "config.json").is_file():
+            raise ExpertError(f"{path} is neither an expert, nor a library of experts, nor a model.")
+        if picture is not None:
+            raise ExpertError("--plot draws experts and libraries; this is a model.")
+        _show(report.model_table(_empty_model(path, revision)))
+
+
+def generate(
+    model: str,
+    prompt: str,
+    experts: str | None = None,
+    mix: dict[str, float] | list[dict[str, float]] | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    calibration: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+) -> None:
+    """Generate with a mixture of experts; several mixtures answer the same prompt in one batch, a row each.
+
+    Args:
+        model: hub id or local folder.
+        prompt: text to continue, or the user's turn with --chat.
+        experts: folder of an expert, or of a library; without it the base answers.
+        mix: weights by name, e.g. '{ask: 0.7, doubt: 0.3}', or a list of such; {} is the base. Default: a lone expert
+            at weight 1.
+        chat: put the prompt through the chat template.
+        max_new_tokens: upper bound of the reply.
+        temperature: 0 is greedy.
+        seed: of sampling.
+        calibration: text file that a "sensitivity" basis was made with.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the loaded weights.
+    """
+    import torch
+    from rich.table import Table
+
+    library = _experts(experts)
+    wanted = mix if mix is not None else {name: 1.0 for name in library if len(library) == 1}
+    rows = [wanted] if isinstance(wanted, dict) else wanted
+    loaded = _load_for(model, library, calibration, revision, dtype)
+    torch.manual_seed(seed)
+    turn = [{"role": "user", "content": prompt}] if chat else prompt
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    replies = loaded.generate(
+        cast(Any, [turn] * len(rows)),
+        rows,
+        library=library,
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
+    table = Table(show_lines=True)
+    table.add_column("mixture")
+    table.add_column("reply", overflow="fold")
+    for row, reply in zip(rows, replies, strict=True):
+        table.add_row(", ".join(f"{name} {weight:g}" for name, weight in row.items()) or "base", str(reply))
+    _show(table)
+
+
+def export(
+    model: str,
+    experts: str,
+    folder: str,
+    mix: dict[str, float] | None = None,
+    form: Literal["lora", "merged"] = "lora",
+    rank: int | None = None,
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+    check: bool = True,
+    calibration: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+) -> None:
+    """Write an expert or a mixture as a LoRA folder for PEFT and vLLM, or as a merged checkpoint.
+
+    Args:
+        model: hub id or local folder.
+        experts: folder of an expert, or of a library.
+        folder: where to write.
+        mix: weights by name, e.g. '{ask: 0.7, doubt: 0.3}'. Default: a lone expert at weight 1.
+        form: "lora" or "merged".
+        rank: of the LoRA, one that vLLM accepts (default: the smallest that is exact).
+        allow_lossy: write a LoRA that keeps less than 0.99 of the change.
+        overwrite: replace a folder that has something in it.
+        check: check the LoRA against vLLM's rules, and with PEFT where it is installed.
+        calibration: text file that a "sensitivity" basis was made with.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the loaded weights.
+    """
+    from svdexpert.export import check_lora, export_lora, merge
+
+    library = _experts(experts)
+    weights = mix if mix is not None else {name: 1.0 for name in library if len(library) == 1}
+    if not weights:
+        raise ExpertError(f"{experts} holds {len(library)} experts: say which with --mix '{{name: weight}}'.")
+    parts = [weight * _named(library, name) for name, weight in weights.items()]
+    expert = parts[0]
+    for part in parts[1:]:
+        expert = expert + part
+    loaded = _load_for(model, library, calibration, revision, dtype)
+    if form == "merged":
+        _show(f"merged checkpoint in {merge(expert, loaded, folder, overwrite=overwrite)}")
+        return
+    done = export_lora(expert, loaded, folder, rank=rank, allow_lossy=allow_lossy, overwrite=overwrite)
+    _show(f"LoRA of rank {done.rank}, {done.modules} modules, retained energy {done.retained:.6f}, in {done.folder}")
+    if check:
+        _show(check_lora(folder, loaded.hf))
+
+
+def demo(folder: str = "runs/demo") -> None:
+    """Run the whole path on a small random model: decompose, mix in one batch, export, reload.
+
+    Args:
+        folder: where the model, the experts and the exports are written; replaced if it is a demo's.
+    """
+    from svdexpert.demo import run
+
+    run(Path(folder))
+
+
+def _experts(path: str | None) -> "Mapping[str, Expert]":
+    """Return the experts of a folder by name: a library, or one expert under the name of its folder."""
+    from svdexpert.expert import Expert, Library
+
+    if path is None:
+        return {}
+    if path.startswith("hf://"):
+        return Library.from_hub(path.removeprefix("hf://"))
+    place = Path(path)
+    if (place / "expert.json").is_file() or not place.is_dir():
+        return {place.name: Expert.load(place)}
+    library = Library(place)
+    if not library:
+        raise ExpertError(f"{path} holds no experts: an expert is a folder with expert.json and expert.safetensors.")
+    return library
+
+
+def _named(library: "Mapping[str, Expert]", name: str) -> "Expert":
+    from svdexpert.errors import did_you_mean
+
+    if name not in library:
+        raise ExpertError(f"There is no expert {name!r}." + did_you_mean(name, library))
+    return library[name]
+
+
+def _load_for(
+    model: str, library: "Mapping[str, Expert]", calibration: str | None, revision: str | None, dtype: str
+) -> "SpectralModel":
+    """Load a model with the basis that the experts were made for."""
+    from svdexpert.model import SpectralModel
+
+    texts = Path(calibration).read_text(encoding="utf-8").splitlines() if calibration else None
+    if not library:
+        return SpectralModel.from_pretrained(model, k=1, revision=revision, dtype=dtype)
+    key = next(iter(library.values())).key
+    return SpectralModel.from_pretrained(
+        model,
+        k=key.k,
+        support=key.support,
+        first_layer=key.first_layer,
+        targets=list(key.matrices),
+        calibration=texts,
+        revision=revision or (key.revision if key.base == model else None),
+        dtype=dtype,
+    )
+
+
+def _empty_model(path: str, revision: str | None) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        return cast("PreTrainedModel", cast(Any, AutoModelForCausalLM).from_config(config))
+
+
+def _show(what: object) -> None:
+    from rich.console import Console
+
+    # Piped output has no width of its own; tables of names should not be cut there.
+    Console(width=None if sys.stdout.isatty() else 160).print(what, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; library errors end it with their message and status 1."""
+    from jsonargparse import auto_cli
+
+    verbs: Any = {
+        "decompose": decompose_model,  # under another name: jsonargparse would find, and load, svdexpert.decompose
+        "inspect": inspect,
+        "generate": generate,
+        "export": export,
+        "demo": demo,
+    }
+    try:
+        auto_cli(verbs, prog="svdexpert", version=__version__)
+    except (SvdExpertError, OSError) as error:
+        print(f"svdexpert: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

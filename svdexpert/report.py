@@ -1,0 +1,142 @@
+"""What people look at: tables for the terminal, pictures for a page. Nothing here computes a result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from svdexpert.basis import Basis, adaptable, matrix_shape
+from svdexpert.expert import Conflict, Expert, conflict
+from svdexpert.storage import whole_file
+
+
+def model_table(model: PreTrainedModel) -> Table:
+    """Return what could be adapted in a model, by kind of matrix; weights are not read."""
+    modules, skipped, depth = adaptable(model)
+    table = Table(title=f"{type(model).__name__}: {depth} layers, {len(modules)} adaptable matrices")
+    for column in ("matrix", "shape (o, i)", "rank", "count"):
+        table.add_column(column, justify="left" if column == "matrix" else "right")
+    kinds = Counter((_kind(name), matrix_shape(module)) for name, (module, _) in modules.items())
+    for (kind, shape), count in kinds.items():
+        table.add_row(kind, f"{shape[0]} x {shape[1]}", str(min(shape)), str(count))
+    table.caption = _skipped(skipped)
+    return table
+
+
+def basis_table(basis: Basis) -> Table:
+    """Return what a basis keeps of each kind of matrix, and which share of the squared weights that is."""
+    table = Table(title=f"{basis.key}: {len(basis.names)} matrices, {sum(basis.sizes)} numbers an expert")
+    for column in ("matrix", "shape (o, i)", "k", "count", "largest s", "smallest kept s"):
+        table.add_column(column, justify="left" if column == "matrix" else "right")
+    kinds: dict[tuple[str, tuple[int, int], int], list[str]] = {}
+    for name, one in basis.key.matrices.items():
+        kinds.setdefault((_kind(name), one.shape, one.k), []).append(name)
+    for (kind, shape, k), names in kinds.items():
+        largest = max(float(basis.factors[name].s.max()) for name in names)
+        smallest = min(float(basis.factors[name].s.min()) for name in names)
+        row = (f"{shape[0]} x {shape[1]}", str(k), str(len(names)), f"{largest:.4g}", f"{smallest:.4g}")
+        table.add_row(kind, *row)
+    table.caption = f"experts act from layer {basis.key.first_layer} on; support {basis.key.support}. " + _skipped(
+        basis.skipped
+    )
+    return table
+
+
+def expert_table(expert: Expert, name: str) -> Table:
+    """Return an expert's matrices with the size of their change, under what it is and fits."""
+    numbers = sum(one.numel() for one in expert.offsets.values())
+    table = Table(title=f"{name}: {numbers} offsets ({expert.core}), norm {expert.norm():.4g}, for {expert.key}")
+    for column in ("matrix", "shape (o, i)", "k", "norm of change", "mean offset", "largest |offset|"):
+        table.add_column(column, justify="left" if column == "matrix" else "right")
+    for matrix, one in expert.key.matrices.items():
+        offset = expert.offsets[matrix]
+        cells = (float(expert.change(matrix).norm()), float(offset.mean()), float(offset.abs().max()))
+        shape = f"{one.shape[0]} x {one.shape[1]}"
+        table.add_row(matrix, shape, str(one.k), f"{cells[0]:.4g}", f"{cells[1]:+.4f}", f"{cells[2]:.4f}")
+    about = {"skill": expert.skill, "objective": expert.objective, "seed": expert.seed, **expert.scores}
+    table.caption = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
+    return table
+
+
+def library_table(experts: Mapping[str, Expert]) -> Table:
+    """Return a line an expert, with their sizes and scores."""
+    table = Table(title=f"{len(experts)} experts")
+    for column in ("expert", "skill", "objective", "core", "offsets", "norm", "scores"):
+        table.add_column(column, justify="right" if column in ("offsets", "norm") else "left")
+    for name, one in experts.items():
+        numbers = str(sum(offset.numel() for offset in one.offsets.values()))
+        scores = ", ".join(f"{key} {value}" for key, value in one.scores.items())
+        table.add_row(name, one.skill or "", one.objective or "", one.core, numbers, f"{one.norm():.4g}", scores)
+    return table
+
+
+def conflict_table(experts: Mapping[str, Expert]) -> Table:
+    """Return how every pair of experts meets: cosine of their changes, and the share of opposed energy."""
+    table = Table(title="cosine of the changes (share of opposed energy)")
+    table.add_column("")
+    for name in experts:
+        table.add_column(name, justify="right")
+    for name, row in zip(experts, conflict_matrix(experts), strict=True):
+        table.add_row(name, *(f"{one.total.cosine:+.2f} ({one.total.opposed:.2f})" for one in row))
+    return table
+
+
+def conflict_matrix(experts: Mapping[str, Expert]) -> list[list[Conflict]]:
+    """Return the conflict of every pair, in the order of the mapping."""
+    return [[conflict(a, b) for b in experts.values()] for a in experts.values()]
+
+
+def plot_conflict(experts: Mapping[str, Expert], path: Path) -> None:
+    """Write the conflict of every pair as a heat map (PNG, PDF or SVG by the ending of the path)."""
+    values = torch.tensor([[one.total.cosine for one in row] for row in conflict_matrix(experts)])
+    _heat_map(values, list(experts), list(experts), "cosine of the changes of the weights", path)
+
+
+def plot_expert(expert: Expert, path: Path) -> None:
+    """Write an expert's offsets as a heat map: a row a matrix, a column a direction (for dense cores: the diagonal)."""
+    widest = max(one.k for one in expert.key.matrices.values())
+    rows = [one if one.dim() == 1 else one.diagonal() for one in expert.offsets.values()]
+    values = torch.stack([torch.nn.functional.pad(row, (0, widest - row.shape[0]), value=torch.nan) for row in rows])
+    _heat_map(values, list(expert.offsets), [], "offset of each direction, largest singular value first", path)
+
+
+def _heat_map(values: torch.Tensor, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = values.shape
+    labelled = bool(columns)
+    size = (2.5 + 0.7 * width, 1.5 + 0.6 * height) if labelled else (9.0, 1.5 + 0.16 * height)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    limit = max(float(values.nan_to_num().abs().max()), 1e-12)
+    image = axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="equal" if labelled else "auto")
+    axes.set_yticks(range(height), rows, fontsize=9 if labelled else 5)
+    axes.set_title(title, fontsize=10)
+    if labelled:
+        axes.set_xticks(range(width), columns, fontsize=9, rotation=30, ha="right")
+        for y in range(height):
+            for x in range(width):
+                dark = abs(float(values[y, x])) > 0.6 * limit
+                axes.text(x, y, f"{values[y, x]:+.2f}", ha="center", va="center", color="white" if dark else "black")
+    else:
+        axes.set_xlabel("direction")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
+def _kind(name: str) -> str:
+    """The name without the number of its layer: model.layers.7.mlp.up_proj -> model.layers.*.mlp.up_proj."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _skipped(skipped: Mapping[str, str]) -> str:
+    reasons = Counter(skipped.values())
+    return "left alone: " + ("; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "nothing")
