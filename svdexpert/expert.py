@@ -17,12 +17,14 @@ and the SHA-256 of both files. Pickles are never opened.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -306,7 +308,7 @@ class Expert:
             )
         card = _read_card(folder)
         weights = _read_bytes(folder / _TENSORS)
-        if weights[:2] == b"PK" or weights[:1] == b"\x80":
+        if weights[8:9] != b"{" and weights.startswith((b"PK", b"\x80")):  # a header may be 0x80 or "PK" bytes long
             raise ExpertError(f"{folder / _TENSORS} is a pickle under another name: it is never opened.")
         if hashlib.sha256(weights).hexdigest() != card["sha256"][_TENSORS]:
             raise ExpertError(
@@ -315,6 +317,8 @@ class Expert:
             )
         try:
             tensors = load_tensors(weights)
+            header = weights[8 : 8 + int.from_bytes(weights[:8], "little")]
+            json.loads(header, object_pairs_hook=_refuse_repeats)  # the format forbids them, its reader does not look
         except (SafetensorError, ValueError, KeyError) as error:
             raise ExpertError(f"{folder / _TENSORS} is not a safetensors file ({error}). Copy it again.") from error
         kinds: dict[str, dict[str, Tensor]] = {"offsets": {}, "singular_values": {}}
@@ -460,7 +464,7 @@ def _is_matrix(value: Any) -> bool:
 
 _CARD_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format": (lambda x: x == "svdexpert", '"svdexpert"'),
-    "format_version": (lambda x: x == FORMAT_VERSION, str(FORMAT_VERSION)),
+    "format_version": (lambda x: _is_count(x) and x == FORMAT_VERSION, str(FORMAT_VERSION)),
     "library_version": (lambda x: isinstance(x, str), "text"),
     "operation": (lambda x: x in _OPERATION.values(), "one of " + "; ".join(_OPERATION.values())),
     "base": (lambda x: isinstance(x, str), "text"),
@@ -488,7 +492,13 @@ _CARD_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / _CARD
     try:
-        card = json.loads(_read_bytes(path).decode("utf-8"), parse_constant=_refuse_constant)
+        card = json.loads(
+            _read_bytes(path).decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_refuse_repeats,
+        )
+        _dump(card).encode()  # half a surrogate pair has no UTF-8
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ExpertError(f"{path} is not JSON ({error}). Copy the whole folder again.") from None
     if not isinstance(card, dict):
@@ -524,9 +534,13 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait, a device might never end
+            raise OSError(errno.EINVAL, "not a regular file")
         return path.read_bytes()
     except OSError as error:
-        others = sorted(one.name for one in path.parent.iterdir())[:6]
+        others = []
+        with suppress(OSError):
+            others = sorted(one.name for one in path.parent.iterdir())[:6]
         raise ExpertError(
             f"{path} cannot be read ({error.strerror}). An expert is a folder with {_CARD} and {_TENSORS}; this one "
             f"holds {others or 'nothing'}. Pickles (.pt, .bin, .ckpt) are never opened."
@@ -537,14 +551,34 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse_constant(digits)
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers disagree on which of two entries of one name counts."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = next(name for name in fields if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"{repeated!r} is named twice")
+    return fields
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _cell(text: str) -> str:
+    """Return text that stays inside one cell of a Markdown table."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable.replace("|", "/").replace("<", "&lt;")
+
+
 # --- library ------------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a file name holds 255 bytes, a temporary one some more
 _TABLE_START, _TABLE_END = "<!-- experts: made by svdexpert -->", "<!-- /experts -->"
 
 
@@ -560,7 +594,7 @@ class Library(MutableMapping[str, Expert]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._read_only = False
-        self._loaded: dict[str, tuple[tuple[int, int], Expert]] = {}
+        self._loaded: dict[str, tuple[tuple[tuple[int, int, int], ...], Expert]] = {}
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Library:
@@ -595,7 +629,7 @@ class Library(MutableMapping[str, Expert]):
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ExpertError(
                 f"{name!r} cannot name an expert: use letters, digits, '.', '_' and '-', beginning with a letter or "
-                "digit. A name is never a path."
+                "digit, 128 at most. A name is never a path."
             )
         folder = self.path / name
         if folder.resolve().parent != self.path.resolve():
@@ -605,12 +639,12 @@ class Library(MutableMapping[str, Expert]):
     def __getitem__(self, name: str) -> Expert:
         folder = self.folder(name)
         try:
-            stat = (folder / _CARD).stat()
+            stats = [(folder / file).stat() for file in (_CARD, _TENSORS)]
         except OSError:
             if folder.is_dir():
                 Expert.load(folder)  # says what is there instead
             raise UnknownExpertError(f"{self.path} has no expert {name!r}." + did_you_mean(name, self)) from None
-        stamp = (stat.st_mtime_ns, stat.st_ino)
+        stamp = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
         held = self._loaded.get(name)
         if held is None or held[0] != stamp:
             held = self._loaded[name] = (stamp, Expert.load(folder))
@@ -694,18 +728,28 @@ class Library(MutableMapping[str, Expert]):
     def _write_readme(self) -> None:
         rows = ["| expert | skill | objective | core | offsets | norm | scores |", "|---|---|---|---|---|---|---|"]
         for name in self:
-            one = self[name]
+            try:
+                one = self[name]
+            except ExpertError:  # a damaged neighbour must not stop the others; loading it says what is wrong
+                rows.append(f"| {name} | cannot be read |  |  |  |  |  |")
+                continue
             numbers = sum(offset.numel() for offset in one.offsets.values())
             scores = ", ".join(f"{key} {value}" for key, value in one.scores.items())
             cells = (name, one.skill or "", one.objective or "", one.core, numbers, f"{one.norm():.4g}", scores)
-            rows.append("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+            rows.append("| " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
         table = "\n".join([_TABLE_START, *rows, _TABLE_END])
         readme = self.path / "README.md"
-        text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# Experts in {self.path.name}\n"
-        before, start, rest = text.partition(_TABLE_START)
-        after = rest.partition(_TABLE_END)[2] if start else "\n"
-        with whole_file(readme) as temporary:
-            temporary.write_text(f"{before.rstrip()}\n\n{table}{after}", encoding="utf-8")
+        try:
+            text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# Experts in {self.path.name}\n"
+            before, start, rest = text.partition(_TABLE_START)
+            after = rest.partition(_TABLE_END)[2] if start else "\n"
+            with whole_file(readme) as temporary:
+                temporary.write_text(f"{before.rstrip()}\n\n{table}{after}", encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExpertError(
+                f"The experts are stored, but their table in {readme} could not be renewed ({error}); the file is "
+                "intact. Make it UTF-8 text and free some space; the next change renews it."
+            ) from error
 
     def __repr__(self) -> str:
         return f"Library({str(self.path)!r}: {', '.join(self) or 'empty'})"

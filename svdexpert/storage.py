@@ -6,8 +6,10 @@ exception or a kill leaves the old one intact, and two processes that write the 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +59,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if not path.exists():
             os.rename(temporary, path)
             return
+        if _exchange(temporary, path):
+            return  # the old one now has the temporary name
         aside = temporary.with_suffix(".old")
         os.rename(path, aside)
         try:
@@ -68,6 +72,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             shutil.rmtree(temporary)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that a kill finds one of them in place; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _umask() -> int:

@@ -9,22 +9,22 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdexpert import decompose
+from svdexpert.basis import factorise
 
 
 def status(name: str) -> float:
+    """Return a field of /proc/self/status in MiB."""
     line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 def main() -> None:
-    width = 2560  # the buffers of the linear algebra libraries, some 10 MiB a thread, are then small beside a matrix
+    width = 2560
     config = LlamaConfig(
         vocab_size=8, hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=8
     )
     hf = LlamaForCausalLM(config)
-    small = LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    decompose(LlamaForCausalLM(small), k=8, first_layer=0, progress=False)  # libraries and their buffers are loaded now
-    torch.randn(512, 512).double() @ torch.randn(512, 512).double()
+    factorise(torch.randn(width, width), 64)  # libraries and their buffers, some 30 MiB, are there once and for all
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     basis = decompose(hf, ["*.q_proj", "*.o_proj", "*.up_proj"], k=64, first_layer=0, progress=False)
