@@ -480,7 +480,7 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
 
 def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Split a matrix by rows into parts of about 2^19 values: a float64 copy of all of W would double the peak."""
-    return matrix.split(max(1, 2**19 // matrix.shape[1]))
+    return cast(tuple[Tensor, ...], matrix.split(max(1, 2**19 // matrix.shape[1])))
 
 
 def _from_svd(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:

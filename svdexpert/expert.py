@@ -681,9 +681,11 @@ class Library(MutableMapping[str, Expert]):
         """
         self._writable()
         folder = self.folder(name)
-        others = [one for one in self if one != name]
-        if others:
-            expert.check_fits(self[others[0]].key, who=name, to=f"{self.path} (like {others[0]!r} in it)")
+        for other in self:
+            with suppress(ExpertError):  # a damaged neighbour must not stop the others; loading it says what is wrong
+                if other != name:
+                    expert.check_fits(self[other].key, who=name, to=f"{self.path} (like {other!r} in it)")
+                    break
         if folder.exists() and not overwrite:
             raise ExpertError(f"{self.path} has an expert {name!r} already: pass overwrite=True, or another name.")
         expert.save(folder)
@@ -730,7 +732,7 @@ class Library(MutableMapping[str, Expert]):
         for name in self:
             try:
                 one = self[name]
-            except ExpertError:  # a damaged neighbour must not stop the others; loading it says what is wrong
+            except ExpertError:
                 rows.append(f"| {name} | cannot be read |  |  |  |  |  |")
                 continue
             numbers = sum(offset.numel() for offset in one.offsets.values())
