@@ -452,9 +452,12 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T  # (long short)
     short = tall.shape[1]
     gram = torch.zeros(short, short, dtype=torch.float64, device=weight.device)
-    for block in _blocks(tall):
-        block = block.double()
-        gram.addmm_(block.T, block)
+    blocks = _blocks(tall)
+    # One float64 buffer for all blocks: a new one each would fragment the heap until it holds all of W in float64.
+    buffer = torch.empty_like(blocks[0], dtype=torch.float64, memory_format=torch.contiguous_format)
+    for block in blocks:
+        double = buffer[: block.shape[0]].copy_(block)
+        gram.addmm_(double.T, double)
     if gram.is_cuda:
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values[-keep:], vectors[:, -keep:]
@@ -470,7 +473,9 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
     values, vectors = values.flip(0), vectors.flip(1)
     if values[-1] <= values[0] * _GRAM_RATIO**2:
         return None
-    other = torch.cat([block.double() @ vectors for block in _blocks(tall)])
+    other = torch.empty(tall.shape[0], keep, dtype=torch.float64, device=weight.device)
+    for block, rows in zip(blocks, other.split(blocks[0].shape[0]), strict=True):
+        torch.mm(buffer[: block.shape[0]].copy_(block), vectors, out=rows)
     s = other.norm(dim=0)
     other /= s
     order = s.argsort(descending=True, stable=True)
@@ -479,7 +484,7 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
 
 
 def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Split a matrix by rows into parts of about 2^19 values: a float64 copy of all of W would double the peak."""
+    """Split a matrix by rows into parts of about 2^19 values, for what should not be done to all of W at once."""
     return cast(tuple[Tensor, ...], matrix.split(max(1, 2**19 // matrix.shape[1])))
 
 
