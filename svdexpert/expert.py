@@ -426,7 +426,7 @@ def conflict(a: Expert, b: Expert) -> Conflict:
 def _overlap(a: Tensor, b: Tensor) -> Overlap:
     products = a * b
     dot, energy, norms = float(products.sum()), float(products.abs().sum()), float(a.norm() * b.norm())
-    opposed = float(-products.clamp(max=0).sum())
+    opposed = float(products.clamp(max=0).abs().sum())
     return Overlap(dot, dot / norms if norms else 0.0, opposed / energy if energy else 0.0)
 
 

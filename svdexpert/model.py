@@ -221,14 +221,16 @@ class SpectralModel:
             progress: show a progress bar on stderr.
 
         Raises:
-            BasisError: the model cannot be decomposed as asked.
-            OSError: transformers cannot find or read the model.
+            BasisError: the model cannot be loaded, or not be decomposed as asked.
         """
         base = str(base)
         where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, device_map=device_map, output_loading_info=True, **where
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype, device_map=device_map, output_loading_info=True, **where
+            )
+        except (OSError, ValueError) as error:
+            raise BasisError(f"{base} cannot be loaded as a causal language model. {error}") from error
         hf, loading = loaded
         try:
             tokenizer = AutoTokenizer.from_pretrained(base, **where)

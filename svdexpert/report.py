@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from svdexpert.basis import Basis, adaptable, matrix_shape
@@ -15,22 +17,23 @@ from svdexpert.expert import Conflict, Expert, conflict
 from svdexpert.storage import whole_file
 
 
-def model_table(model: PreTrainedModel) -> Table:
+def model_table(model: PreTrainedModel) -> Group:
     """Return what could be adapted in a model, by kind of matrix; weights are not read."""
     modules, skipped, depth = adaptable(model)
-    table = Table(title=f"{type(model).__name__}: {depth} layers, {len(modules)} adaptable matrices")
+    title = f"{type(model).__name__}: {depth} layers, {len(modules)} adaptable matrices"
+    table = Table()
     for column in ("matrix", "shape (o, i)", "rank", "count"):
         table.add_column(column, justify="left" if column == "matrix" else "right")
     kinds = Counter((_kind(name), matrix_shape(module)) for name, (module, _) in modules.items())
     for (kind, shape), count in kinds.items():
         table.add_row(kind, f"{shape[0]} x {shape[1]}", str(min(shape)), str(count))
-    table.caption = _skipped(skipped)
-    return table
+    return _titled(title, table, _skipped(skipped))
 
 
-def basis_table(basis: Basis) -> Table:
+def basis_table(basis: Basis) -> Group:
     """Return what a basis keeps of each kind of matrix, and which share of the squared weights that is."""
-    table = Table(title=f"{basis.key}: {len(basis.names)} matrices, {sum(basis.sizes)} numbers an expert")
+    title = f"{basis.key}: {len(basis.names)} matrices, {sum(basis.sizes)} numbers an expert"
+    table = Table()
     for column in ("matrix", "shape (o, i)", "k", "count", "largest s", "smallest kept s"):
         table.add_column(column, justify="left" if column == "matrix" else "right")
     kinds: dict[tuple[str, tuple[int, int], int], list[str]] = {}
@@ -41,16 +44,15 @@ def basis_table(basis: Basis) -> Table:
         smallest = min(float(basis.factors[name].s.min()) for name in names)
         row = (f"{shape[0]} x {shape[1]}", str(k), str(len(names)), f"{largest:.4g}", f"{smallest:.4g}")
         table.add_row(kind, *row)
-    table.caption = f"experts act from layer {basis.key.first_layer} on; support {basis.key.support}. " + _skipped(
-        basis.skipped
-    )
-    return table
+    note = f"experts act from layer {basis.key.first_layer} on; support {basis.key.support}; "
+    return _titled(title, table, note + _skipped(basis.skipped))
 
 
-def expert_table(expert: Expert, name: str) -> Table:
+def expert_table(expert: Expert, name: str) -> Group:
     """Return an expert's matrices with the size of their change, under what it is and fits."""
     numbers = sum(one.numel() for one in expert.offsets.values())
-    table = Table(title=f"{name}: {numbers} offsets ({expert.core}), norm {expert.norm():.4g}, for {expert.key}")
+    title = f"{name}: {numbers} offsets ({expert.core}), norm {expert.norm():.4g}, for {expert.key}"
+    table = Table()
     for column in ("matrix", "shape (o, i)", "k", "norm of change", "mean offset", "largest |offset|"):
         table.add_column(column, justify="left" if column == "matrix" else "right")
     for matrix, one in expert.key.matrices.items():
@@ -59,31 +61,33 @@ def expert_table(expert: Expert, name: str) -> Table:
         shape = f"{one.shape[0]} x {one.shape[1]}"
         table.add_row(matrix, shape, str(one.k), f"{cells[0]:.4g}", f"{cells[1]:+.4f}", f"{cells[2]:.4f}")
     about = {"skill": expert.skill, "objective": expert.objective, "seed": expert.seed, **expert.scores}
-    table.caption = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
-    return table
+    note = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
+    return _titled(title, table, note)
 
 
-def library_table(experts: Mapping[str, Expert]) -> Table:
+def library_table(experts: Mapping[str, Expert]) -> Group:
     """Return a line an expert, with their sizes and scores."""
-    table = Table(title=f"{len(experts)} experts")
+    title = f"{len(experts)} experts"
+    table = Table()
     for column in ("expert", "skill", "objective", "core", "offsets", "norm", "scores"):
         table.add_column(column, justify="right" if column in ("offsets", "norm") else "left")
     for name, one in experts.items():
         numbers = str(sum(offset.numel() for offset in one.offsets.values()))
         scores = ", ".join(f"{key} {value}" for key, value in one.scores.items())
         table.add_row(name, one.skill or "", one.objective or "", one.core, numbers, f"{one.norm():.4g}", scores)
-    return table
+    return _titled(title, table)
 
 
-def conflict_table(experts: Mapping[str, Expert]) -> Table:
+def conflict_table(experts: Mapping[str, Expert]) -> Group:
     """Return how every pair of experts meets: cosine of their changes, and the share of opposed energy."""
-    table = Table(title="cosine of the changes (share of opposed energy)")
+    title = "cosine of the changes (share of opposed energy)"
+    table = Table()
     table.add_column("")
     for name in experts:
         table.add_column(name, justify="right")
     for name, row in zip(experts, conflict_matrix(experts), strict=True):
         table.add_row(name, *(f"{one.total.cosine:+.2f} ({one.total.opposed:.2f})" for one in row))
-    return table
+    return _titled(title, table)
 
 
 def conflict_matrix(experts: Mapping[str, Expert]) -> list[list[Conflict]]:
@@ -130,6 +134,11 @@ def _heat_map(values: torch.Tensor, rows: Sequence[str], columns: Sequence[str],
     figure.colorbar(image, ax=axes, shrink=0.8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
+def _titled(title: str, table: Table, note: str = "") -> Group:
+    """Put lines above and below a table; rich would break its own titles at the width of the table."""
+    return Group(Text(title, style="bold"), table, *([Text(note)] if note else []))
 
 
 def _kind(name: str) -> str:

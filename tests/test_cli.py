@@ -1,0 +1,146 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny
+
+from svdexpert import Expert, Library, SpectralModel, cli
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs `svdexpert` with arguments and returns what it printed."""
+
+    def call(*arguments: object, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", ["svdexpert", *map(str, arguments)])
+        if fails:
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+            assert stop.value.code == 1
+            return capsys.readouterr().err
+        cli.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def base(folder_of: Callable[..., Path]) -> Path:
+    return folder_of()
+
+
+@pytest.fixture
+def library(base: Path, tmp_path: Path) -> Path:
+    model = SpectralModel.from_pretrained(base, k=8, first_layer=2, progress=False)
+    library = Library(tmp_path / "experts")
+    for seed, name in enumerate(("ask", "doubt")):
+        library.add(name, Expert.random(model.basis, std=0.3, seed=seed))
+    return library.path
+
+
+def test_help_answers_at_once() -> None:
+    script = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from svdexpert.cli import main\n"
+        "sys.argv = ['svdexpert', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'peft', 'matplotlib', 'scipy', 'numpy', 'datasets'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1
+    assert done.stdout.endswith("[]\n")
+    for verb in ("decompose", "inspect", "generate", "export", "demo"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["decompose", "inspect", "generate", "export", "demo"])
+def test_every_verb_prints_its_configuration(verb: str) -> None:
+    command = [sys.executable, "-m", "svdexpert.cli", verb, "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert isinstance(yaml.safe_load(done.stdout), dict)
+
+
+def test_decompose(run: Run, base: Path) -> None:
+    printed = run("decompose", base, "--k", 4, "--first_layer", 0)
+    assert "21 matrices, 84 numbers an expert" in printed
+    assert "model.layers.*.self_attn.q_proj" in printed
+    assert "14 matrices, 384 numbers" in run("decompose", base, "--k", "full")
+    texts = base / "calibration.txt"
+    texts.write_text("some text\nand more of it\n")
+    printed = run("decompose", base, "--k", 4, "--support", "sensitivity", "--calibration", texts)
+    assert "support sensitivity" in printed
+
+
+def test_decompose_reads_a_config(run: Run, base: Path, tmp_path: Path) -> None:
+    config = tmp_path / "decompose.yaml"
+    config.write_text(yaml.safe_dump({"model": str(base), "k": 3, "targets": ["*.mlp.*"]}))
+    assert "6 matrices, 18 numbers" in run("decompose", "--config", config)
+
+
+def test_inspect_a_model_without_reading_its_weights(run: Run, base: Path) -> None:
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    printed = run("inspect", base)
+    assert "3 layers, 21 adaptable matrices" in printed
+    tiny("mixtral").config.save_pretrained(base)
+    assert "fused expert tensor" in run("inspect", base)
+
+
+def test_inspect_an_expert_and_a_library(run: Run, library: Path, tmp_path: Path) -> None:
+    printed = run("inspect", library / "ask", "--plot", tmp_path / "ask.png")
+    assert "56 offsets (diag)" in printed
+    assert "model.layers.2.mlp.down_proj" in printed
+    printed = run("inspect", library, "--plot", tmp_path / "conflict.png")
+    assert "2 experts" in printed
+    assert "+1.00 (0.00)" in printed
+    for picture in ("ask.png", "conflict.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_several_mixtures_in_one_batch(run: Run, base: Path, library: Path) -> None:
+    mix = json.dumps([{}, {"ask": 1.0}, {"ask": 0.7, "doubt": 0.3}])
+    printed = run("generate", base, "hello", "--experts", library, "--mix", mix, "--max_new_tokens", 8)
+    model = SpectralModel.from_pretrained(base, k=8, first_layer=2, progress=False)
+    replies = model.generate(
+        ["hello"] * 3, json.loads(mix), library=Library(library), max_new_tokens=8, do_sample=False
+    )
+    for mixture, reply in zip(("base", "ask 1", "ask 0.7, doubt 0.3"), replies, strict=True):
+        assert mixture in printed
+        assert reply.strip() in printed
+    assert "ask 1" in run("generate", base, "hello", "--experts", library / "ask", "--max_new_tokens", 4)
+    assert "base" in run("generate", base, "hello", "--chat", "true", "--temperature", 1, "--max_new_tokens", 4)
+
+
+def test_export(run: Run, base: Path, library: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora"
+    printed = run("export", base, library, out, "--mix", "{ask: 0.7, doubt: 0.3}")
+    assert "LoRA of rank 8, 7 modules, retained energy 1.000000" in printed
+    assert "keep vLLM's rules" in printed
+    assert (out / "adapter_model.safetensors").is_file()
+    assert "merged" in run("export", base, library / "ask", tmp_path / "merged", "--form", "merged")
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_mistakes_end_with_a_message(run: Run, base: Path, library: Path, tmp_path: Path) -> None:
+    assert "k <= 16" in run("decompose", base, "--k", 99, fails=True)
+    assert "Did you mean 'ask'" in run("export", base, library, tmp_path / "x", "--mix", "{aks: 1}", fails=True)
+    assert "say which with --mix" in run("export", base, library, tmp_path / "x", fails=True)
+    assert "neither an expert, nor a library" in run("inspect", tmp_path, fails=True)
+    assert "this is a model" in run("inspect", base, "--plot", tmp_path / "x.png", fails=True)
+    assert "does not exist" in run("generate", base, "hi", "--experts", tmp_path / "none", fails=True)
+    assert "no/such-model" in run("decompose", "no/such-model", fails=True)
+    assert not (tmp_path / "x").exists()
