@@ -146,7 +146,7 @@ class Expert:
         return cls.from_offsets(basis, offsets, core=core, **card)
 
     def flat(self, basis: Basis) -> Tensor:
-        """Return all offsets side by side (n), in the order of the basis (a file keeps them in another)."""
+        """Return all offsets side by side (n), in the order of the basis."""
         return torch.cat([self.offsets[name].flatten() for name in basis.names])
 
     # --- algebra
@@ -339,6 +339,7 @@ class Expert:
                     for name, one in card["matrices"].items()
                 },
             )
+            kinds = {kind: {n: one[n] for n in (*key.matrices, *one) if n in one} for kind, one in kinds.items()}
             described = {name: card[name] for name in ("core", "skill", "objective", "config", "seed", "scores")}
             return cls(key, kinds["offsets"], kinds["singular_values"], **described, version=card["library_version"])
         except ExpertError as error:
@@ -441,7 +442,7 @@ def _seal(card: dict[str, Any], weights: bytes) -> str:
 
 
 def _dump(card: dict[str, Any]) -> str:
-    return json.dumps(card, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _is_count(value: Any) -> bool:
