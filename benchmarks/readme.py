@@ -1,0 +1,88 @@
+"""Put the tables of `results/*.json` into README.md, between `<!-- table: NAME -->` and `<!-- /table -->`.
+
+A figure stands in the README only if a benchmark wrote it; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+SPEED = {
+    "decode_mixed16_over_base_k64": "decode step, 16 rows, 16 different mixtures of 8 experts, over the bare base",
+    "decode_peft16_over_ours_k64": "PEFT `adapter_names`, 16 LoRA r16 adapters, over ours, same step",
+    "decode_bank64_over_bank2": "the same step with 64 experts in the bank, over 2",
+    "prefill_rows_over_base_k64": "prefill 16 x 128 tokens, a mixture a row, over the base",
+    "prefill_tokens_over_base_k64": "prefill 16 x 128 tokens, a mixture a token, over the base",
+    "train_over_lora16_k64": "training step, over PEFT LoRA r16's",
+    "train_recompose_over_full": "recomposing W each step, over our full-spectrum training step",
+    "train_peak_over_lora16_k64": "peak memory of training, over PEFT LoRA r16's",
+    "switch_ms": "change the mixture of a live model, ms",
+    "switch_peft_over_ours": "PEFT `set_adapter` with 32 adapters loaded, over ours",
+    "export_ms": "export a mixture as LoRA, written to disk, ms",
+    "export_peft_over_ours": "PEFT's conversion to LoRA, over ours",
+    "lora_bytes_over_expert_k64": "LoRA r16 file over expert folder",
+    "decompose_first_s": "decompose the Qwen2.5-0.5B shape, first time, s",
+    "decompose_cached_s": "the same from the cache, s",
+    "generate_xlora_over_ours_k64": "128 generated tokens, X-LoRA over ours with a mixture in every row",
+    "generate_arrow_over_ours_k64": "128 generated tokens, Arrow over ours with a mixture in every row",
+}
+
+ATTACKS = {
+    "attacks_total": "mutations of an expert folder",
+    "attacks_refused_by_svdexpert": "refused before any weight changed",
+    "attacks_with_peft_counterpart": "of them, with a counterpart for a LoRA folder",
+    "attacks_peft_let_through": "let through by PEFT",
+}
+
+
+def number(value: float) -> str:
+    """Return a figure as the README prints it: whole numbers as they are, others with three significant digits."""
+    if isinstance(value, int) or value >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value < 0.1 or value >= 100 else f"{value:.2f}"
+
+
+def speed_table(results: dict[str, Any]) -> str:
+    """Return the table of speed.json: both cells, and the bar that the first is held to."""
+    figures, bars = results["figures"], results["bars"]
+    lines = ["| what | figure | bar | met | qwen05 | name |", "|---|---|---|---|---|---|"]
+    for name, what in SPEED.items():
+        value, bar = figures[name], bars.get(name)
+        held = f"{bar['op']} {bar['value']}" if bar else ""
+        met = "" if not bar else "yes" if (value <= bar["value"]) == (bar["op"] == "<=") else "**no**"
+        other = figures.get(f"{name}__qwen05_bf16_t2")
+        cells = (what, number(value), held, met, "" if other is None else number(other), f"`{name}`")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def attacks_table(results: dict[str, Any]) -> str:
+    """Return the table of attacks.json."""
+    lines = ["| what | number | name |", "|---|---|---|"]
+    lines += [f"| {what} | {number(results['figures'][name])} | `{name}` |" for name, what in ATTACKS.items()]
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """Return the README with its tables made anew from the results."""
+    for name, table in (("speed", speed_table), ("attacks", attacks_table)):
+        made = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        block = f"<!-- table: {name} -->\n{made}\n<!-- /table -->"
+        text = re.sub(rf"<!-- table: {name} -->.*?<!-- /table -->", lambda _, block=block: block, text, flags=re.S)
+    return text
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

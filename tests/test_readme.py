@@ -1,0 +1,109 @@
+"""What the README says is true: its code runs, its commands parse, its numbers are those of the results."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import byte_tokenizer, tiny
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BASE = "Qwen/Qwen3-0.6B"  # what the README names; a random model of the same kind stands in for it here
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "Qwen3-0.6B"
+    tiny("qwen3", hidden_size=128, intermediate_size=160, head_dim=64).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_python(folder: Path, stand_in: Path) -> None:
+    namespace: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block.replace(BASE, str(stand_in)), "README.md", "exec"), namespace)
+
+
+def test_the_code_runs(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")) >= 4
+    run_python(tmp_path, stand_in)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_the_first_code_is_short() -> None:
+    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 10
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_commands_parse(command: list[str]) -> None:
+    assert command[0] == "svdexpert"
+    done = subprocess.run(
+        [sys.executable, "-m", "svdexpert.cli", *command[1:], "--print_config"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_make_targets_exist() -> None:
+    targets = set(re.findall(r"^    make (\w+)", README, flags=re.M))
+    assert targets == {"demo", "test"}
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_tree_is_the_tree() -> None:
+    tree = README[README.index("## The tree") :]
+    named = set(re.findall(r"^      (\w+\.py) ", tree, flags=re.M))
+    assert named == {path.name for path in (ROOT / "svdexpert").glob("*.py")}
+
+
+def test_the_numbers_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from readme import filled
+
+    assert filled(README) == README, "run `python benchmarks/readme.py`"
+
+
+@pytest.mark.slow
+def test_the_commands_run(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_python(tmp_path, stand_in)
+    for name in ("lora", "merged"):
+        (tmp_path / name).rename(tmp_path / f"{name}-from-python")
+    for command in commands():
+        here = [str(stand_in) if word == BASE else word for word in command]
+        done = subprocess.run([sys.executable, "-m", "svdexpert.cli", *here[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(here)}\n{done.stderr}"
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_the_benchmarks_run(script: str, tmp_path: Path) -> None:
+    options = {
+        "speed.py": ["--quick=true"],
+        "attacks.py": [f"--output={tmp_path / 'attacks.json'}"],
+        "readme.py": [],
+    }[script]
+    before = README
+    command = [sys.executable, f"benchmarks/{script}", *options]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=900)
+    assert (ROOT / "README.md").read_text() == before
