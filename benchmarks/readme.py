@@ -55,7 +55,8 @@ def speed_table(results: dict[str, Any]) -> str:
     for name, what in SPEED.items():
         value, bar = figures[name], bars.get(name)
         held = f"{bar['op']} {bar['value']}" if bar else ""
-        met = "" if not bar else "yes" if (value <= bar["value"]) == (bar["op"] == "<=") else "**no**"
+        passes = not bar or (value <= bar["value"] if bar["op"] == "<=" else value >= bar["value"])
+        met = "" if not bar else "yes" if passes else "**no**"
         other = figures.get(f"{name}__qwen05_bf16_t2")
         cells = (what, number(value), held, met, "" if other is None else number(other), f"`{name}`")
         lines.append("| " + " | ".join(cells) + " |")

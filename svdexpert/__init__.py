@@ -22,10 +22,10 @@ _HOME = {
     "Basis": "basis",
     "decompose": "basis",
     "Expert": "expert",
-    "Library": "expert",
+    "Library": "library",
     "conflict": "expert",
-    "Bank": "model",
-    "Mixture": "model",
+    "Bank": "mixture",
+    "Mixture": "mixture",
     "SpectralModel": "model",
     "check_lora": "export",
     "export_lora": "export",
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from svdexpert.errors import SvdExpertError as SvdExpertError
     from svdexpert.errors import UnknownExpertError as UnknownExpertError
     from svdexpert.expert import Expert as Expert
-    from svdexpert.expert import Library as Library
     from svdexpert.expert import conflict as conflict
     from svdexpert.export import check_lora as check_lora
     from svdexpert.export import export_lora as export_lora
     from svdexpert.export import merge as merge
-    from svdexpert.model import Bank as Bank
-    from svdexpert.model import Mixture as Mixture
+    from svdexpert.library import Library as Library
+    from svdexpert.mixture import Bank as Bank
+    from svdexpert.mixture import Mixture as Mixture
     from svdexpert.model import SpectralModel as SpectralModel
 
 

@@ -19,10 +19,12 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,6 +32,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import scipy.linalg
 import torch
+import transformers
 from einops import einsum
 from rich.console import Console
 from rich.progress import track
@@ -300,6 +303,8 @@ def adaptable(model: PreTrainedModel) -> tuple[dict[str, tuple[nn.Module, int]],
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise BasisError(_QUANTISED.format(what=f"{model.config._name_or_path or type(model).__name__}"))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BasisError("The model carries PEFT adapters: load it without them, or merge them in first.")
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [
         (name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)
@@ -312,36 +317,51 @@ def adaptable(model: PreTrainedModel) -> tuple[dict[str, tuple[nn.Module, int]],
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    config = model.config.get_text_config(decoder=True)
-    experts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
-    experts.discard(None)
+    inside = {name: module for name, module in model.named_modules() if name.startswith(prefix + ".")}
+    # Lists of modules inside a layer: pairs are two halves of it, more are experts, which see some tokens only, so that
+    # a mixture by row would not know its rows.
+    parallel = tuple(n + "." for n, module in inside.items() if isinstance(module, nn.ModuleList) and len(module) > 2)
+    fused = {
+        f"{name}.{part}": tuple(parameter.shape)
+        for name, module in inside.items()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for part, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    # A block of experts is what has fused tensors, or a list of parallel modules, as its own or in a module of its own.
+    holders = {name.rpartition(".")[0] for name in fused} | {name.rstrip(".") for name in parallel}
+    blocks = tuple({f"{one}." for name in holders for one in (name, name.rpartition(".")[0])})
 
     found: dict[str, tuple[nn.Module, int]] = {}
-    skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not name.startswith(prefix + "."):
-            continue
-        layer = int(name.removeprefix(prefix + ".").split(".")[0])
-        for part, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
-                skipped[f"{name}.{part}"] = f"fused expert tensor {tuple(parameter.shape)}: left alone for now"
+    skipped = {name: f"fused expert tensor {shape}: left alone for now" for name, shape in fused.items()}
+    for name, module in inside.items():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         if module.weight.dtype not in _FLOATS:
             raise BasisError(_QUANTISED.format(what=f"{name} holds {module.weight.dtype}"))
         if owners[id(module.weight)] > 1:
             skipped[name] = "weight shared with another module"
-        elif matrix_shape(module)[0] in experts:
+        elif name.startswith(parallel):
+            skipped[name] = "one of several parallel modules (an expert)"
+        elif name.startswith(blocks) and _routes(name, inside, blocks):
             skipped[name] = "router"
         elif min(matrix_shape(module)) < 2:
             skipped[name] = "a single direction (a gate)"
         else:
-            found[name] = (module, layer)
+            found[name] = (module, int(name.removeprefix(prefix + ".").split(".")[0]))
     if not found:
         raise BasisError(
             f"{type(model).__name__} has no adaptable matrix: no nn.Linear or Conv1D of its own inside {prefix!r}."
         )
     return found, skipped, len(stack)
+
+
+def _routes(name: str, inside: Mapping[str, nn.Module], blocks: tuple[str, ...]) -> bool:
+    """Whether a linear module in a block of experts chooses among them: a part of the block itself, or of a router."""
+    block = max((one for one in blocks if name.startswith(one)), key=len)
+    between = name.removeprefix(block).split(".")[:-1]
+    above = [inside[block + ".".join(between[: depth + 1])] for depth in range(len(between))]
+    return not above or any(re.search(r"Router|TopK|Gate(?!d)", type(module).__name__) for module in above)
 
 
 _QUANTISED = (
@@ -505,13 +525,24 @@ def _sensitive(
     folder: Path,
     progress: bool,
 ) -> dict[str, Factors]:
-    """Keep the k directions with the largest mean (s dL/ds)^2 over the batches, of every matrix.
+    """Keep the k directions with the largest (s dL/ds)^2, summed over the batches, of every matrix.
 
     The gradient of the singular values is diag(U^T G V), with G the gradient of the weight. One backward pass a batch
     visits all matrices: as soon as a weight's gradient is there it is projected on that matrix's full factors (read
     from disk) and dropped, so that never more than one matrix is held.
     """
-    digest = hashlib.sha256(json.dumps(fingerprints).encode())
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BasisError('support="sensitivity" needs all weights in memory: load the model without offloading.')
+    for ids in batches:
+        if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+            raise BasisError(
+                f"A calibration batch has shape {tuple(ids.shape)}; it is token ids (b t), t at least 2, so that there "
+                "is a next token to predict."
+            )
+    # The gradient depends on every weight of the model, and on how it is built.
+    digest = hashlib.sha256(json.dumps([fingerprints, model.config.to_dict()], default=str, sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}:{fingerprint(parameter.detach().reshape(1, -1))}".encode())
     for ids in batches:
         digest.update(ids.cpu().numpy().tobytes() + str(tuple(ids.shape)).encode())
     rule = f"sensitivity:{digest.hexdigest()}"
@@ -521,8 +552,15 @@ def _sensitive(
     if all(done.values()):
         return cast(dict[str, Factors], done)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    spool = Path(tempfile.mkdtemp(dir=folder, prefix=".full-"))  # full factors are large: gone when we are done
+    # Full factors are large: gone when we are done, and what a killed run left is gone after a day.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(".full-*"):
+            if time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old, ignore_errors=True)
+        spool = Path(tempfile.mkdtemp(dir=folder, prefix=".full-"))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     try:
         full = {
             name: _store(
@@ -572,13 +610,19 @@ def _sensitivity(
         for ids in batches:
             ids = ids.to(model.device)
             with torch.enable_grad():
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if not torch.isfinite(loss):
+                raise BasisError("The loss on the calibration data is not finite: the base cannot be calibrated on it.")
+            loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, needed in needed_gradient:
             parameter.requires_grad_(needed)
         model.train(training)
+    silent = [name for name, score in scores.items() if not (score.isfinite().all() and score.sum() > 0)]
+    if silent:
+        raise BasisError(f"The calibration data does not move {_some(silent)}: use more of it, or leave those out.")
     return scores
 
 
@@ -605,10 +649,18 @@ def _cached(folder: Path, print_: str, shape: tuple[int, int], k: Rank, rule: st
     try:
         with safe_open(path, framework="pt") as file:
             factors = Factors(*(file.get_tensor(part) for part in ("v", "s", "u_t")))
-    except (FileNotFoundError, SafetensorError):
+            written = (file.metadata() or {}).get("sha256")
+    except (FileNotFoundError, NotADirectoryError, SafetensorError):
         return None
-    sound = factors.v.shape == (shape[1], keep) and factors.s.shape == (keep,) and factors.u_t.shape == (keep, shape[0])
-    return factors if sound else None
+    shapes = factors.v.shape == (shape[1], keep) and factors.u_t.shape == (keep, shape[0])
+    return factors if shapes and written == _digest(factors) else None
+
+
+def _digest(factors: Factors) -> str:
+    digest = hashlib.sha256()
+    for part in (factors.v, factors.s, factors.u_t):
+        digest.update(part.numpy().data)
+    return digest.hexdigest()
 
 
 def _store(folder: Path, key: tuple[str, tuple[int, int], Rank, str], factors: Factors) -> Factors:
@@ -616,13 +668,18 @@ def _store(folder: Path, key: tuple[str, tuple[int, int], Rank, str], factors: F
     path = _cache_path(folder, *key)
     try:
         with whole_file(path) as temporary:
-            save_file({"v": factors.v, "s": factors.s, "u_t": factors.u_t}, temporary)
+            tensors = {"v": factors.v, "s": factors.s, "u_t": factors.u_t}
+            save_file(tensors, temporary, {"sha256": _digest(factors)})
     except (OSError, SafetensorError) as error:
-        raise BasisError(
-            f"The factor cache at {folder} cannot be written ({error}). Free some space, set SVDEXPERT_CACHE to "
-            "another folder, or pass cache=False. Nothing half-written is left."
-        ) from error
+        raise _unwritable(folder, error) from error
     return _cached(folder, *key) or factors
+
+
+def _unwritable(folder: Path, error: Exception) -> BasisError:
+    return BasisError(
+        f"The factor cache at {folder} cannot be written ({error}). Free some space, set SVDEXPERT_CACHE to another "
+        "folder, or pass cache=False. Nothing half-written is left."
+    )
 
 
 class _Trusted:
@@ -633,14 +690,15 @@ class _Trusted:
         self.known: dict[str, str] = {}
         if checkpoint is None or folder is None:
             return
-        files = sorted(path for path in checkpoint.glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
+        kinds = (".safetensors", ".bin", ".json", ".py")
+        files = sorted(path for path in checkpoint.rglob("*") if path.suffix in kinds)
         stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        digest = hashlib.sha256(json.dumps([stamps, str(model.dtype), type(model).__name__]).encode()).hexdigest()
+        how = [str(model.dtype), type(model).__name__, transformers.__version__]  # loading may convert what files hold
+        digest = hashlib.sha256(json.dumps([stamps, how]).encode()).hexdigest()
         self.path = folder / "checkpoints" / f"{digest}.json"
-        try:
-            self.known = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.known = {}
+        with suppress(OSError, ValueError):
+            known = json.loads(self.path.read_text())
+            self.known = known if isinstance(known, dict) else {}
 
     def get(self, name: str) -> str | None:
         return self.known.get(name)
@@ -648,8 +706,11 @@ class _Trusted:
     def remember(self, fingerprints: Mapping[str, str]) -> None:
         if self.path is None or fingerprints.items() <= self.known.items():
             return
-        with whole_file(self.path) as temporary:
-            temporary.write_text(json.dumps({**self.known, **fingerprints}, indent=1))
+        try:
+            with whole_file(self.path) as temporary:
+                temporary.write_text(json.dumps({**self.known, **fingerprints}, indent=1))
+        except OSError as error:
+            raise _unwritable(self.path.parent.parent, error) from error
 
 
 def _watch(what: Any, doing: str, progress: bool) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from svdexpert import __version__
-from svdexpert.errors import ExpertError, SvdExpertError
+from svdexpert.errors import BasisError, ExpertError, SvdExpertError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +30,8 @@ def decompose_model(
     calibration: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Decompose a model into the factor cache, and show what experts can act on.
 
@@ -42,6 +44,8 @@ def decompose_model(
         calibration: text file for support "sensitivity", one text a line.
         revision: branch, tag or commit of a hub id.
         dtype: of the loaded weights.
+        device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
+        trust_remote_code: run modelling code from the repository.
     """
     import time
 
@@ -50,7 +54,7 @@ def decompose_model(
     from svdexpert.report import basis_table
 
     start = time.perf_counter()
-    texts = Path(calibration).read_text(encoding="utf-8").splitlines() if calibration else None
+    texts = _texts(calibration)
     loaded = SpectralModel.from_pretrained(
         model,
         k=k,
@@ -60,6 +64,8 @@ def decompose_model(
         calibration=texts,
         revision=revision,
         dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
     )
     _show(basis_table(loaded.basis))
     _show(f"loaded and decomposed in {time.perf_counter() - start:.1f} s; factors are in {cache_folder()}")
@@ -74,10 +80,13 @@ def inspect(path: str, plot: str | None = None, revision: str | None = None) -> 
         revision: branch, tag or commit of a hub id.
     """
     from svdexpert import report
-    from svdexpert.expert import Expert, Library
+    from svdexpert.expert import Expert
+    from svdexpert.library import Library
 
     place = Path(path)
     picture = None if plot is None else Path(plot)
+    if picture is not None and picture.suffix not in (".png", ".pdf", ".svg"):
+        raise ExpertError(f"--plot {plot}: pictures end in .png, .pdf or .svg.")
     if (place / "expert.json").is_file():
         expert = Expert.load(place)
         _show(report.expert_table(expert, place.name))
@@ -111,6 +120,8 @@ def generate(
     calibration: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Generate with a mixture of experts; several mixtures answer the same prompt in one batch, a row each.
 
@@ -127,14 +138,17 @@ def generate(
         calibration: text file that a "sensitivity" basis was made with.
         revision: branch, tag or commit of a hub id.
         dtype: of the loaded weights.
+        device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
+        trust_remote_code: run modelling code from the repository.
     """
     import torch
     from rich.table import Table
+    from rich.text import Text
 
     library = _experts(experts)
-    wanted = mix if mix is not None else {name: 1.0 for name in library if len(library) == 1}
+    wanted = mix if mix is not None else _alone(library, experts)
     rows = [wanted] if isinstance(wanted, dict) else wanted
-    loaded = _load_for(model, library, calibration, revision, dtype)
+    loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
     torch.manual_seed(seed)
     turn = [{"role": "user", "content": prompt}] if chat else prompt
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -149,7 +163,8 @@ def generate(
     table.add_column("mixture")
     table.add_column("reply", overflow="fold")
     for row, reply in zip(rows, replies, strict=True):
-        table.add_row(", ".join(f"{name} {weight:g}" for name, weight in row.items()) or "base", str(reply))
+        mixture = ", ".join(f"{name} {weight:g}" for name, weight in row.items()) or "base"
+        table.add_row(Text(mixture), Text(str(reply)))
     _show(table)
 
 
@@ -166,6 +181,8 @@ def export(
     calibration: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write an expert or a mixture as a LoRA folder for PEFT and vLLM, or as a merged checkpoint.
 
@@ -182,18 +199,18 @@ def export(
         calibration: text file that a "sensitivity" basis was made with.
         revision: branch, tag or commit of a hub id.
         dtype: of the loaded weights.
+        device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
+        trust_remote_code: run modelling code from the repository.
     """
     from svdexpert.export import check_lora, export_lora, merge
 
     library = _experts(experts)
-    weights = mix if mix is not None else {name: 1.0 for name in library if len(library) == 1}
-    if not weights:
-        raise ExpertError(f"{experts} holds {len(library)} experts: say which with --mix '{{name: weight}}'.")
+    weights = mix or _alone(library, experts)
     parts = [weight * _named(library, name) for name, weight in weights.items()]
     expert = parts[0]
     for part in parts[1:]:
         expert = expert + part
-    loaded = _load_for(model, library, calibration, revision, dtype)
+    loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
     if form == "merged":
         _show(f"merged checkpoint in {merge(expert, loaded, folder, overwrite=overwrite)}")
         return
@@ -207,16 +224,24 @@ def demo(folder: str = "runs/demo") -> None:
     """Run the whole path on a small random model: decompose, mix in one batch, export, reload.
 
     Args:
-        folder: where the model, the experts and the exports are written; replaced if it is a demo's.
+        folder: where the model, the experts and the exports are written; those of an earlier demo are replaced.
     """
     from svdexpert.demo import run
 
     run(Path(folder))
 
 
+def _texts(path: str | None) -> list[str] | None:
+    """Return the lines of a calibration file that have something on them."""
+    if path is None:
+        return None
+    return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def _experts(path: str | None) -> "Mapping[str, Expert]":
     """Return the experts of a folder by name: a library, or one expert under the name of its folder."""
-    from svdexpert.expert import Expert, Library
+    from svdexpert.expert import Expert
+    from svdexpert.library import Library
 
     if path is None:
         return {}
@@ -231,6 +256,13 @@ def _experts(path: str | None) -> "Mapping[str, Expert]":
     return library
 
 
+def _alone(library: "Mapping[str, Expert]", path: str | None) -> dict[str, float]:
+    """Return the mixture that is meant where none is given: the only expert there is, or the base."""
+    if len(library) > 1:
+        raise ExpertError(f"{path} holds {len(library)} experts: say which with --mix '{{name: weight}}'.")
+    return dict.fromkeys(library, 1.0)
+
+
 def _named(library: "Mapping[str, Expert]", name: str) -> "Expert":
     from svdexpert.errors import did_you_mean
 
@@ -240,14 +272,21 @@ def _named(library: "Mapping[str, Expert]", name: str) -> "Expert":
 
 
 def _load_for(
-    model: str, library: "Mapping[str, Expert]", calibration: str | None, revision: str | None, dtype: str
+    model: str,
+    library: "Mapping[str, Expert]",
+    calibration: str | None,
+    revision: str | None,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
 ) -> "SpectralModel":
     """Load a model with the basis that the experts were made for."""
     from svdexpert.model import SpectralModel
 
-    texts = Path(calibration).read_text(encoding="utf-8").splitlines() if calibration else None
+    texts = _texts(calibration)
+    where: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     if not library:
-        return SpectralModel.from_pretrained(model, k=1, revision=revision, dtype=dtype)
+        return SpectralModel.from_pretrained(model, k=1, revision=revision, **where)
     key = next(iter(library.values())).key
     return SpectralModel.from_pretrained(
         model,
@@ -257,7 +296,7 @@ def _load_for(
         targets=list(key.matrices),
         calibration=texts,
         revision=revision or (key.revision if key.base == model else None),
-        dtype=dtype,
+        **where,
     )
 
 
@@ -266,15 +305,18 @@ def _empty_model(path: str, revision: str | None) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        return cast("PreTrainedModel", cast(Any, AutoModelForCausalLM).from_config(config))
+        try:
+            config = AutoConfig.from_pretrained(path, revision=revision)
+            return cast("PreTrainedModel", cast(Any, AutoModelForCausalLM).from_config(config))
+        except (OSError, ValueError) as error:
+            raise BasisError(f"{path} is not a causal language model that transformers knows. {error}") from error
 
 
 def _show(what: object) -> None:
     from rich.console import Console
 
     # Piped output has no width of its own; tables of names should not be cut there.
-    Console(width=None if sys.stdout.isatty() else 160).print(what, highlight=False)
+    Console(width=None if sys.stdout.isatty() else 160).print(what, highlight=False, markup=False)
 
 
 def main() -> None:

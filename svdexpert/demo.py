@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -43,7 +44,8 @@ def run(folder: Path) -> None:
     for column in ("mixture", "reply", "same as alone"):
         table.add_column(column)
     for mixture, reply, alone in zip(mixtures, together, apart, strict=True):
-        table.add_row(str(mixture) if mixture else "base", repr(reply), "yes" if reply == alone else "NO")
+        cells = (str(mixture) if mixture else "base", repr(reply), "yes" if reply == alone else "NO")
+        table.add_row(*map(Text, cells))
     say(table)
 
     # 4. What it costs, beside the bare base.

@@ -1,4 +1,4 @@
-"""Experts: vectors of offsets to singular values, as values with algebra, files, and folders of files.
+"""Experts: vectors of offsets to singular values, as values with algebra, and as files.
 
     W' = U diag(s * (1 + d)) V^T                   core "diag":  d (k), one offset per kept direction
     W' = W + U_k C V_k^T,  C = (s s^T)^1/2 * D     core "dense": D (k k), which also couples directions
@@ -23,7 +23,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,8 +37,8 @@ from torch import Tensor
 
 from svdexpert import __version__
 from svdexpert.basis import Basis, BasisKey, MatrixKey, Support
-from svdexpert.errors import ExpertError, MismatchError, UnknownExpertError, did_you_mean
-from svdexpert.storage import whole_file, whole_folder
+from svdexpert.errors import ExpertError, MismatchError, did_you_mean
+from svdexpert.storage import whole_folder
 
 Core = Literal["diag", "dense"]
 
@@ -47,7 +47,7 @@ _OPERATION = {
     "diag": "W + U_k diag(s * d) V_k^T",
     "dense": "W + U_k (sqrt(s s^T) * D) V_k^T",
 }
-_TENSORS, _CARD = "expert.safetensors", "expert.json"
+TENSORS, CARD = "expert.safetensors", "expert.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,22 +270,23 @@ class Expert:
             ExpertError: the path holds something that is not an expert, or the disk refused.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / _CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (folder / CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ExpertError(f"{folder} exists and is not an expert: choose another folder. Nothing was written.")
         tensors = {f"offsets.{name}": one.contiguous() for name, one in self.offsets.items()}
         tensors |= {f"singular_values.{name}": one.contiguous() for name, one in self.singular_values.items()}
         weights = save_tensors(tensors)
         try:
             card = _seal(self._card(), weights)
+            _checked(_parse(card.encode()), "this expert")  # what could not be read again is not written
         except (TypeError, ValueError) as error:
             raise ExpertError(f"config and scores hold JSON values only ({error}). Nothing was written.") from error
         try:
             with whole_folder(folder) as temporary:
-                if folder.exists():
-                    ours = shutil.ignore_patterns(_TENSORS, _CARD)
-                    shutil.copytree(folder, temporary, ignore=ours, dirs_exist_ok=True)
-                (temporary / _TENSORS).write_bytes(weights)
-                (temporary / _CARD).write_text(card, encoding="utf-8")
+                for other in folder.iterdir() if folder.exists() else ():
+                    if other.name not in (TENSORS, CARD):
+                        (shutil.copytree if other.is_dir() else shutil.copy2)(other, temporary / other.name)
+                (temporary / TENSORS).write_bytes(weights)
+                (temporary / CARD).write_text(card, encoding="utf-8")
         except OSError as error:
             raise ExpertError(f"{folder} cannot be written ({error}); what was there before is intact.") from error
         return folder
@@ -299,20 +300,20 @@ class Expert:
         """
         folder = Path(folder)
         if not folder.exists():
-            siblings = [path.parent.name for path in folder.parent.glob(f"*/{_CARD}")]
+            siblings = [path.parent.name for path in folder.parent.glob(f"*/{CARD}")]
             raise ExpertError(f"{folder} does not exist." + did_you_mean(folder.name, siblings))
         if not folder.is_dir():
             raise ExpertError(
-                f"{folder} is a file; an expert is a folder with {_CARD} and {_TENSORS}. "
+                f"{folder} is a file; an expert is a folder with {CARD} and {TENSORS}. "
                 "Pickled tensors (.pt, .bin, .ckpt) are never opened, because opening one runs its code."
             )
         card = _read_card(folder)
-        weights = _read_bytes(folder / _TENSORS)
+        weights = _read_bytes(folder / TENSORS)
         if weights[8:9] != b"{" and weights.startswith((b"PK", b"\x80")):  # a header may be 0x80 or "PK" bytes long
-            raise ExpertError(f"{folder / _TENSORS} is a pickle under another name: it is never opened.")
-        if hashlib.sha256(weights).hexdigest() != card["sha256"][_TENSORS]:
+            raise ExpertError(f"{folder / TENSORS} is a pickle under another name: it is never opened.")
+        if hashlib.sha256(weights).hexdigest() != card["sha256"][TENSORS]:
             raise ExpertError(
-                f"{folder / _TENSORS} is not the file that {_CARD} was written with: it is truncated, corrupted or "
+                f"{folder / TENSORS} is not the file that {CARD} was written with: it is truncated, corrupted or "
                 "from another expert. Copy the whole folder again."
             )
         try:
@@ -320,12 +321,12 @@ class Expert:
             header = weights[8 : 8 + int.from_bytes(weights[:8], "little")]
             json.loads(header, object_pairs_hook=_refuse_repeats)  # the format forbids them, its reader does not look
         except (SafetensorError, ValueError, KeyError) as error:
-            raise ExpertError(f"{folder / _TENSORS} is not a safetensors file ({error}). Copy it again.") from error
+            raise ExpertError(f"{folder / TENSORS} is not a safetensors file ({error}). Copy it again.") from error
         kinds: dict[str, dict[str, Tensor]] = {"offsets": {}, "singular_values": {}}
         for name, one in tensors.items():
             kind, _, matrix = name.partition(".")
             if kind not in kinds:
-                raise ExpertError(f"{folder / _TENSORS} holds {name!r}; only offsets and singular values belong there.")
+                raise ExpertError(f"{folder / TENSORS} holds {name!r}; only offsets and singular values belong there.")
             kinds[kind][matrix] = one
         try:
             key = BasisKey(
@@ -436,8 +437,8 @@ def _overlap(a: Tensor, b: Tensor) -> Overlap:
 
 def _seal(card: dict[str, Any], weights: bytes) -> str:
     """Return the text of expert.json: the card with the SHA-256 of the tensors and of the card itself."""
-    body = card | {"sha256": {_TENSORS: hashlib.sha256(weights).hexdigest()}}
-    body["sha256"][_CARD] = hashlib.sha256(_dump(body).encode()).hexdigest()
+    body = card | {"sha256": {TENSORS: hashlib.sha256(weights).hexdigest()}}
+    body["sha256"][CARD] = hashlib.sha256(_dump(body).encode()).hexdigest()
     return _dump(body)
 
 
@@ -484,52 +485,64 @@ _CARD_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda x: x is None or _is_count(x), "a whole number or null"),
     "scores": (lambda x: isinstance(x, dict), "an object"),
     "sha256": (
-        lambda x: isinstance(x, dict) and x.keys() == {_TENSORS, _CARD} and all(isinstance(y, str) for y in x.values()),
+        lambda x: isinstance(x, dict) and x.keys() == {TENSORS, CARD} and all(isinstance(y, str) for y in x.values()),
         "the digests of both files",
     ),
 }
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
-    path = folder / _CARD
+    path = folder / CARD
     try:
-        card = json.loads(
-            _read_bytes(path).decode("utf-8"),
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            object_pairs_hook=_refuse_repeats,
-        )
-        _dump(card).encode()  # half a surrogate pair has no UTF-8
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        card = _parse(_read_bytes(path))
+    except (UnicodeError, ValueError, RecursionError) as error:
         raise ExpertError(f"{path} is not JSON ({error}). Copy the whole folder again.") from None
-    if not isinstance(card, dict):
-        raise ExpertError(f"{path} holds a {type(card).__name__}, expected an object.")
-    version = card.get("format_version")
-    if card.get("format") == "svdexpert" and version != FORMAT_VERSION:
-        raise ExpertError(
-            f"{path} has format version {version!r}; svdexpert {__version__} reads {FORMAT_VERSION}. Update svdexpert."
-        )
-    for name, (sound, expected) in _CARD_FIELDS.items():
-        if name not in card:
-            raise ExpertError(f"{path} lacks {name!r} ({expected}): it is not an expert of this format.")
-        if not sound(card[name]):
-            raise ExpertError(f"{path}: {name} is {_short(card[name])}, expected {expected}.")
-    unknown = card.keys() - _CARD_FIELDS.keys()
-    if unknown:
-        name = min(unknown)
-        raise ExpertError(f"{path} holds an unknown field {name!r}." + did_you_mean(name, _CARD_FIELDS))
-    if card["operation"] != _OPERATION[card["core"]]:
-        raise ExpertError(f"{path}: operation {card['operation']!r} is not that of a {card['core']} core.")
-    wrong_k = [name for name, one in card["matrices"].items() if card["k"] != "full" and one["k"] != card["k"]]
-    if wrong_k:
-        found = card["matrices"][wrong_k[0]]["k"]
-        raise ExpertError(f"{path}: {wrong_k[0]} keeps {found} directions, k is {card['k']}.")
-    body = card | {"sha256": {_TENSORS: card["sha256"][_TENSORS]}}
-    if hashlib.sha256(_dump(body).encode()).hexdigest() != card["sha256"][_CARD]:
+    card = _checked(card, str(path))
+    body = card | {"sha256": {TENSORS: card["sha256"][TENSORS]}}
+    if hashlib.sha256(_dump(body).encode()).hexdigest() != card["sha256"][CARD]:
         raise ExpertError(
             f"{path} was changed after it was written: its SHA-256 does not match. Restore it, or load the expert it "
             "came from, change that in Python (dataclasses.replace) and save it again."
         )
+    return card
+
+
+def _parse(text: bytes) -> Any:
+    """Return JSON values; stricter than Python's reader: no NaN, no overflow, no name twice, nothing without UTF-8."""
+    card = json.loads(
+        text.decode("utf-8"),
+        parse_constant=_refuse_constant,
+        parse_float=_finite,
+        object_pairs_hook=_refuse_repeats,
+    )
+    _dump(card).encode()  # half a surrogate pair has no UTF-8
+    return card
+
+
+def _checked(card: Any, who: str) -> dict[str, Any]:
+    """Return a card whose fields are all there, known, and of the right kind."""
+    if not isinstance(card, dict):
+        raise ExpertError(f"{who} holds a {type(card).__name__}, expected an object.")
+    version = card.get("format_version")
+    if card.get("format") == "svdexpert" and version != FORMAT_VERSION:
+        raise ExpertError(
+            f"{who} has format version {version!r}; svdexpert {__version__} reads {FORMAT_VERSION}. Update svdexpert."
+        )
+    for name, (sound, expected) in _CARD_FIELDS.items():
+        if name not in card:
+            raise ExpertError(f"{who} lacks {name!r} ({expected}): it is not an expert of this format.")
+        if not sound(card[name]):
+            raise ExpertError(f"{who}: {name} is {_short(card[name])}, expected {expected}.")
+    unknown = card.keys() - _CARD_FIELDS.keys()
+    if unknown:
+        name = min(unknown)
+        raise ExpertError(f"{who} holds an unknown field {name!r}." + did_you_mean(name, _CARD_FIELDS))
+    if card["operation"] != _OPERATION[card["core"]]:
+        raise ExpertError(f"{who}: operation {card['operation']!r} is not that of a {card['core']} core.")
+    wrong_k = [name for name, one in card["matrices"].items() if card["k"] != "full" and one["k"] != card["k"]]
+    if wrong_k:
+        found = card["matrices"][wrong_k[0]]["k"]
+        raise ExpertError(f"{who}: {wrong_k[0]} keeps {found} directions, k is {card['k']}.")
     return card
 
 
@@ -543,7 +556,7 @@ def _read_bytes(path: Path) -> bytes:
         with suppress(OSError):
             others = sorted(one.name for one in path.parent.iterdir())[:6]
         raise ExpertError(
-            f"{path} cannot be read ({error.strerror}). An expert is a folder with {_CARD} and {_TENSORS}; this one "
+            f"{path} cannot be read ({error.strerror}). An expert is a folder with {CARD} and {TENSORS}; this one "
             f"holds {others or 'nothing'}. Pickles (.pt, .bin, .ckpt) are never opened."
         ) from None
 
@@ -569,190 +582,3 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _cell(text: str) -> str:
-    """Return text that stays inside one cell of a Markdown table."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)
-    return printable.replace("|", "/").replace("<", "&lt;")
-
-
-# --- library ------------------------------------------------------------------------------------------------------
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a file name holds 255 bytes, a temporary one some more
-_TABLE_START, _TABLE_END = "<!-- experts: made by svdexpert -->", "<!-- /experts -->"
-
-
-class Library(MutableMapping[str, Expert]):
-    """A folder of experts for one basis, used like a dictionary; a table of them is kept in its README.md.
-
-    Experts are read when asked for, and read again only when their file has changed.
-
-    Args:
-        path: a local folder; it is made when the first expert is added.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._read_only = False
-        self._loaded: dict[str, tuple[tuple[tuple[int, int, int], ...], Expert]] = {}
-
-    @classmethod
-    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Library:
-        """Return the library in a Hugging Face hub repository, read-only; only expert files are downloaded.
-
-        Args:
-            repo_id: `owner/name`.
-            revision: branch, tag or commit.
-            token: for private repositories, as huggingface_hub takes it.
-
-        Raises:
-            ExpertError: the repository cannot be had.
-        """
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        wanted = [f"*/{_CARD}", f"*/{_TENSORS}", "README.md"]
-        try:
-            folder = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise ExpertError(f"The library {repo_id} cannot be had from the hub: {error}") from error
-        library = cls(folder)
-        library._read_only = True
-        return library
-
-    def folder(self, name: str) -> Path:
-        """Return where the expert `name` is or would be.
-
-        Raises:
-            ExpertError: a name that is no plain file name, or a link that leaves the library.
-        """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ExpertError(
-                f"{name!r} cannot name an expert: use letters, digits, '.', '_' and '-', beginning with a letter or "
-                "digit, 128 at most. A name is never a path."
-            )
-        folder = self.path / name
-        if folder.resolve().parent != self.path.resolve():
-            raise ExpertError(f"{folder} leads out of the library (to {folder.resolve()}): it is not followed.")
-        return folder
-
-    def __getitem__(self, name: str) -> Expert:
-        folder = self.folder(name)
-        try:
-            stats = [(folder / file).stat() for file in (_CARD, _TENSORS)]
-        except OSError:
-            if folder.is_dir():
-                Expert.load(folder)  # says what is there instead
-            raise UnknownExpertError(f"{self.path} has no expert {name!r}." + did_you_mean(name, self)) from None
-        stamp = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
-        held = self._loaded.get(name)
-        if held is None or held[0] != stamp:
-            held = self._loaded[name] = (stamp, Expert.load(folder))
-        return held[1]
-
-    def __iter__(self) -> Iterator[str]:
-        if not self.path.is_dir():
-            return iter(())
-        return iter(sorted(card.parent.name for card in self.path.glob(f"*/{_CARD}") if card.parent.name[0] != "."))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and _NAME.fullmatch(name) is not None and (self.folder(name) / _CARD).is_file()
-
-    def __setitem__(self, name: str, expert: Expert) -> None:
-        self.add(name, expert, overwrite=True)
-
-    def __delitem__(self, name: str) -> None:
-        self.remove(name)
-
-    def add(self, name: str, expert: Expert, *, overwrite: bool = False) -> None:
-        """Store an expert under a name.
-
-        Args:
-            name: letters, digits, '.', '_', '-'.
-            expert: for the same basis as the others here.
-            overwrite: replace an expert of that name.
-
-        Raises:
-            ExpertError: the name is taken or not a plain name, the library is read-only, the disk refused.
-            MismatchError: the others are for another basis.
-        """
-        self._writable()
-        folder = self.folder(name)
-        for other in self:
-            with suppress(ExpertError):  # a damaged neighbour must not stop the others; loading it says what is wrong
-                if other != name:
-                    expert.check_fits(self[other].key, who=name, to=f"{self.path} (like {other!r} in it)")
-                    break
-        if folder.exists() and not overwrite:
-            raise ExpertError(f"{self.path} has an expert {name!r} already: pass overwrite=True, or another name.")
-        expert.save(folder)
-        self._write_readme()
-
-    def remove(self, name: str) -> None:
-        """Delete an expert's folder.
-
-        Raises:
-            ExpertError: there is none of that name, or the library is read-only.
-        """
-        self._writable()
-        folder = self._existing(name)
-        shutil.rmtree(folder)
-        self._loaded.pop(name, None)
-        self._write_readme()
-
-    def rename(self, old: str, new: str) -> None:
-        """Give an expert another name.
-
-        Raises:
-            ExpertError: there is no `old`, `new` is taken or not a plain name, or the library is read-only.
-        """
-        self._writable()
-        source, target = self._existing(old), self.folder(new)
-        if target.exists():
-            raise ExpertError(f"{self.path} has an expert {new!r} already: remove it first, or choose another name.")
-        source.rename(target)
-        self._loaded.pop(old, None)
-        self._write_readme()
-
-    def _existing(self, name: str) -> Path:
-        folder = self.folder(name)
-        if not (folder / _CARD).is_file():
-            raise UnknownExpertError(f"{self.path} has no expert {name!r}." + did_you_mean(name, self))
-        return folder
-
-    def _writable(self) -> None:
-        if self._read_only:
-            raise ExpertError(f"{self.path} is a read-only copy of a hub repository: copy it to a folder of your own.")
-
-    def _write_readme(self) -> None:
-        rows = ["| expert | skill | objective | core | offsets | norm | scores |", "|---|---|---|---|---|---|---|"]
-        for name in self:
-            try:
-                one = self[name]
-            except ExpertError:
-                rows.append(f"| {name} | cannot be read |  |  |  |  |  |")
-                continue
-            numbers = sum(offset.numel() for offset in one.offsets.values())
-            scores = ", ".join(f"{key} {value}" for key, value in one.scores.items())
-            cells = (name, one.skill or "", one.objective or "", one.core, numbers, f"{one.norm():.4g}", scores)
-            rows.append("| " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
-        table = "\n".join([_TABLE_START, *rows, _TABLE_END])
-        readme = self.path / "README.md"
-        try:
-            text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# Experts in {self.path.name}\n"
-            before, start, rest = text.partition(_TABLE_START)
-            after = rest.partition(_TABLE_END)[2] if start else "\n"
-            with whole_file(readme) as temporary:
-                temporary.write_text(f"{before.rstrip()}\n\n{table}{after}", encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ExpertError(
-                f"The experts are stored, but their table in {readme} could not be renewed ({error}); the file is "
-                "intact. Make it UTF-8 text and free some space; the next change renews it."
-            ) from error
-
-    def __repr__(self) -> str:
-        return f"Library({str(self.path)!r}: {', '.join(self) or 'empty'})"

@@ -73,7 +73,7 @@ def export_lora(
         folder: a new or empty folder, unless `overwrite`.
         rank: one of `VLLM_RANKS`; if None, the smallest that holds every direction the expert uses.
         allow_lossy: also write where less than 0.99 of the change is kept.
-        overwrite: replace a folder that has something in it.
+        overwrite: replace a folder that holds an earlier export, with all that is in it.
 
     Returns:
         What was written, with the share of the change that was kept.
@@ -173,7 +173,7 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
         expert: any expert on this model's basis, sums and multiples included.
         model: the model that it is for; its own weights stay as they are.
         folder: a new or empty folder, unless `overwrite`.
-        overwrite: replace a folder that has something in it.
+        overwrite: replace a folder that holds an earlier export, with all that is in it.
 
     Returns:
         The folder: sharded safetensors, configuration, tokenizer and chat template.
@@ -205,8 +205,13 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
 def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is a file: choose another place.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise ExportError(f"{folder} exists and is not empty: choose another folder, or pass overwrite=True.")
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise ExportError(f"{folder} exists and is not empty: choose another folder, or pass overwrite=True.")
+        if not any((folder / file).is_file() for file in (_CONFIG, "config.json")):
+            raise ExportError(
+                f"{folder} holds something else than an export: it is not replaced. Choose another folder."
+            )
     try:
         with whole_folder(folder) as temporary:
             yield temporary
@@ -235,6 +240,8 @@ def check_lora(folder: str | Path, model: PreTrainedModel | None = None) -> str:
             broken = [name for name in shapes if not torch.isfinite(file.get_tensor(name)).all()]
     except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"{folder} is not a readable LoRA folder: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("target_modules"), list):
+        raise ExportError(f"{folder}: {_CONFIG} has no list of target_modules, each by its full name.")
     rank = config.get("r")
     rules = {
         f"r is {rank!r}; vLLM accepts {VLLM_RANKS}": rank in VLLM_RANKS,

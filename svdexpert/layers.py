@@ -15,7 +15,7 @@ A dense core multiplies by C (k k), (b k k) or (b t k k) where the diagonal one 
 
 An adapted module keeps its weight, its name and its place; only its class becomes a subclass of its own class, with
 this forward. That leaves checkpoints, `isinstance`, accelerate's device hooks, deepcopy and torch.compile as they were,
-costs no call per layer, and is undone by giving the class back.
+costs no call per layer, and is undone by giving the class back. (A model cannot be pickled while it is attached.)
 
 Which coefficients apply belongs to the call, not to the module: they sit in a `Scope`, one value a thread.
 """
@@ -46,23 +46,25 @@ class Scope(threading.local):
     Attributes:
         coefficients: by position of the matrix in the basis; diagonal (k), (b 1 k), (b t k), or dense with (k k) last.
         dense: whether they belong to a dense core.
+        mixture: what they were made from, for calls that ask which mixture is in force.
     """
 
     coefficients: tuple[Tensor, ...] | None = None
     dense: bool = False
+    mixture: Any = None
 
     def __reduce__(self) -> tuple[type[Scope], tuple[()]]:
         return Scope, ()
 
     @contextmanager
-    def entered(self, coefficients: tuple[Tensor, ...] | None, dense: bool) -> Iterator[None]:
+    def entered(self, coefficients: tuple[Tensor, ...] | None, dense: bool, mixture: Any) -> Iterator[None]:
         """Put coefficients in force for the body, in this thread; what held before holds again after it."""
-        before = self.coefficients, self.dense
-        self.coefficients, self.dense = coefficients, dense
+        before = self.coefficients, self.dense, self.mixture
+        self.coefficients, self.dense, self.mixture = coefficients, dense, mixture
         try:
             yield
         finally:
-            self.coefficients, self.dense = before
+            self.coefficients, self.dense, self.mixture = before
 
 
 class _Adapted:
@@ -89,6 +91,7 @@ class _Adapted:
         h = torch.matmul(x, self._buffers["_svd_v"])
         if h.dtype is not torch.float32:
             # Half precision may overflow here where W x does not; inf * 0 must not reach a row that has no offset.
+            # (In fp32 that takes activations beyond 1e37; the check would cost every decode step.)
             h = h.nan_to_num()
         return _scaled(h, c.to(h.dtype), self._svd_scope.dense)
 

@@ -1,24 +1,22 @@
 """A Hugging Face causal LM whose rows can each speak with their own mixture of experts.
 
-    mixture of a row:  d = sum_e a_e d_e              (n), a vector: its cost does not grow with the number of experts
-    of a batch:        einsum("b e, e n -> b n")      another mixture in every row, in one forward pass
-
 `SpectralModel` owns nothing but the attachment: the weights stay the base's, every Hugging Face call keeps working, and
 `detach` gives the same module types and storages back. A mixture belongs to a call and to the thread that makes it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -29,119 +27,21 @@ from svdexpert.basis import Basis, Rank, Support, decompose, fingerprint, weight
 from svdexpert.errors import BasisError, MixtureError, SvdExpertError, UnknownExpertError, did_you_mean
 from svdexpert.expert import Core, Expert, flat_scale
 from svdexpert.layers import Form, Scope, adapt, device_of, is_adapted, restore
+from svdexpert.mixture import Bank, Blend, Mixture, weights_of
 
-Blend = Expert | str | Mapping[str, float] | None
-"""One mixture: an expert, the name of one, weights by name, or nothing (the base)."""
+Experts = Mixture | Blend | Sequence[Blend] | Tensor
+"""A mixture, or what `SpectralModel.mixture` makes one of."""
+
+
+class InForce(Enum):
+    """The default of `experts`: the mixture of the enclosing `using`, else the base."""
+
+    MIXTURE = "the mixture in force"
+
 
 Message = Mapping[str, Any]
 Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
 """A text, a chat, several of either, or token ids (b t)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """The offsets of one call: the same for all rows (n), one a row (b n), or one a token (b t n).
-
-    Gradients flow through it into whatever the offsets were computed from.
-
-    Attributes:
-        offsets: fp32, all matrices side by side in the order of the basis.
-        core: of the experts that were mixed.
-    """
-
-    offsets: Tensor
-    core: Core = "diag"
-
-    @property
-    def rows(self) -> int | None:
-        return None if self.offsets.dim() == 1 else self.offsets.shape[0]
-
-    def repeated(self, times: int) -> Mixture:
-        """Return every row `times` times in succession, as Hugging Face expands inputs for beams and sequences."""
-        if times == 1 or self.rows is None:
-            return self
-        return Mixture(repeat(self.offsets, "b ... n -> (b times) ... n", times=times), self.core)
-
-
-@dataclass(frozen=True, eq=False)
-class Bank:
-    """Experts of one basis stacked for mixing; any number of them costs the same per forward pass.
-
-    Attributes:
-        names: of the experts (e).
-        offsets: fp32 (e n).
-        core: of all of them.
-    """
-
-    names: tuple[str, ...]
-    offsets: Tensor
-    core: Core = "diag"
-
-    @classmethod
-    def of(cls, experts: Mapping[str, Expert], basis: Basis) -> Bank:
-        """Stack experts.
-
-        Args:
-            experts: by name, at least one.
-            basis: that they are for.
-
-        Raises:
-            MismatchError: one of them is for another basis, or has another core than the first.
-            MixtureError: there are none.
-        """
-        if not experts:
-            raise MixtureError("A bank needs at least one expert.")
-        core = next(iter(experts.values())).core
-        for name, expert in experts.items():
-            expert.check_on(basis, core, who=name)
-        return cls(tuple(experts), torch.stack([expert.flat(basis) for expert in experts.values()]), core)
-
-    def mix(self, weights: Mapping[str, float] | Sequence[Blend] | Tensor) -> Mixture:
-        """Return the mixture with these weights.
-
-        Args:
-            weights: by name, for all rows; a sequence of names, weights by name or None, one a row; or a tensor in the
-                order of `names`: (e) for all rows, (b e) by row, (b t e) by token.
-
-        Raises:
-            MixtureError: an unknown name, a weight that is not finite, a tensor of another width.
-        """
-        if isinstance(weights, Tensor):
-            if weights.dim() not in (1, 2, 3) or weights.shape[-1] != len(self.names):
-                raise MixtureError(
-                    f"Weights have shape {tuple(weights.shape)}; for {len(self.names)} experts they are (e), (b e) or "
-                    f"(b t e) with e = {len(self.names)}."
-                )
-            if not torch.isfinite(weights).all():
-                raise MixtureError("Weights hold NaN or infinite values.")
-            table = weights.to(self.offsets.device, torch.float32)
-        elif isinstance(weights, Mapping):
-            table = torch.tensor(self._row(weights), device=self.offsets.device)
-        else:
-            table = torch.tensor([self._row(row) for row in weights], device=self.offsets.device)
-        return Mixture(einsum(table, self.offsets, "... e, e n -> ... n"), self.core)
-
-    def _row(self, blend: Blend) -> list[float]:
-        if isinstance(blend, Expert):
-            raise MixtureError("A row of a bank names its experts; to mix expert values, leave the library out.")
-        wanted = _weights(blend)
-        for name, weight in wanted.items():
-            if name not in self.names:
-                raise MixtureError(f"There is no expert {name!r}." + did_you_mean(name, self.names))
-            if not abs(weight) < float("inf"):
-                raise MixtureError(f"The weight of {name!r} is {weight}.")
-        return [float(wanted.get(name, 0.0)) for name in self.names]
-
-
-def _weights(blend: Blend) -> Mapping[str, float]:
-    """Return weights by name; the base is no weights."""
-    if blend is None:
-        return {}
-    if isinstance(blend, str):
-        return {blend: 1.0}
-    if isinstance(blend, Mapping):
-        return blend
-    raise MixtureError(f"A mixture is an expert, a name, weights by name or None, not {type(blend).__name__}.")
 
 
 class SpectralModel:
@@ -318,6 +218,8 @@ class SpectralModel:
         Returns:
             The Hugging Face model. This object can no longer be used.
         """
+        if not self._attached:
+            return self.hf
         for module in self._modules:
             restore(module)
         for parameter, needed in self._needed_gradient:
@@ -353,7 +255,7 @@ class SpectralModel:
 
     def mixture(
         self,
-        experts: Mixture | Blend | Sequence[Blend] | Tensor,
+        experts: Experts,
         library: Mapping[str, Expert] | Bank | None = None,
     ) -> Mixture | None:
         """Return what `experts` means on this model; None is the base.
@@ -385,12 +287,12 @@ class SpectralModel:
                 raise MixtureError("Weights in a tensor need library=..., whose order they follow.")
             return self._bank(library, None).mix(experts)
         if isinstance(experts, str | Mapping):
-            return self._bank(library, [experts]).mix(_weights(experts))
+            return self._bank(library, [experts]).mix(weights_of(experts))
         if not isinstance(experts, Sequence):
             raise MixtureError(f"experts is a {type(experts).__name__}: {_KINDS}.")
         if any(isinstance(row, Expert) for row in experts):
             return self._rows(experts, library)
-        if all(not _weights(row) for row in experts):
+        if all(not weights_of(row) for row in experts):
             return None  # every row is the base
         return self._bank(library, experts).mix(experts)
 
@@ -403,10 +305,10 @@ class SpectralModel:
             if isinstance(row, Expert):
                 row.check_on(self.basis, core)
                 flat.append(row.flat(self.basis))
-            elif not _weights(row):
+            elif not weights_of(row):
                 flat.append(torch.zeros(sum(self._sizes(core))))
             else:
-                mixed = self._bank(library, [row]).mix(_weights(row))
+                mixed = self._bank(library, [row]).mix(weights_of(row))
                 if mixed.core != core:
                     raise MixtureError(f"Rows of one batch share a core; found {mixed.core} and {core}.")
                 flat.append(mixed.offsets.cpu())
@@ -418,7 +320,7 @@ class SpectralModel:
             return library
         if library is None:
             raise MixtureError("Experts given by name need library=... (a Library, or experts by name).")
-        names = list(library) if rows is None else list(dict.fromkeys(n for row in rows for n in _weights(row)))
+        names = list(library) if rows is None else list(dict.fromkeys(n for row in rows for n in weights_of(row)))
         try:
             experts = {name: library[name] for name in names}
         except UnknownExpertError:
@@ -427,16 +329,17 @@ class SpectralModel:
             name = str(error.args[0])
             raise MixtureError(f"There is no expert {name!r}." + did_you_mean(name, library)) from None
         key = tuple((name, id(expert)) for name, expert in experts.items())
-        if key not in self._banks:
-            self._banks[key] = (self.bank(experts), tuple(experts.values()))  # experts kept, so that ids stay theirs
+        held = self._banks.get(key)
+        if held is None:  # threads may both make it; that is only work done twice
+            held = self._banks[key] = (self.bank(experts), tuple(experts.values()))  # kept, so that ids stay theirs
             while len(self._banks) > 8:
                 self._banks.popitem(last=False)
-        return self._banks[key][0]
+        return held[0]
 
     @contextmanager
     def using(
         self,
-        experts: Mixture | Blend | Sequence[Blend] | Tensor,
+        experts: Experts,
         library: Mapping[str, Expert] | Bank | None = None,
     ) -> Iterator[Self]:
         """Put a mixture in force for any call of `hf` in the body, in this thread; None is the base.
@@ -454,10 +357,10 @@ class SpectralModel:
         mixture = self.mixture(experts, library)
         self._capture_checkpoints()
         if mixture is None:
-            with self._scope.entered(None, False):
+            with self._scope.entered(None, False, None):
                 yield self
         else:
-            with self._scope.entered(self._coefficients(mixture), mixture.core == "dense"):
+            with self._scope.entered(self._coefficients(mixture), mixture.core == "dense", mixture):
                 yield self
 
     def _coefficients(self, mixture: Mixture) -> tuple[Tensor, ...]:
@@ -503,12 +406,12 @@ class SpectralModel:
     def generate(
         self,
         prompts: Prompts,
-        experts: Mixture | Blend | Sequence[Blend] | Tensor = None,
+        experts: Experts | InForce = InForce.MIXTURE,
         *,
         library: Mapping[str, Expert] | Bank | None = None,
         attention_mask: Tensor | None = None,
         tools: Sequence[Any] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         streamer: BaseStreamer | None = None,
         **generation: Any,
     ) -> list[str] | Tensor:
@@ -516,47 +419,55 @@ class SpectralModel:
 
         Args:
             prompts: texts, chats (lists of messages, put through the chat template) or token ids (b t).
-            experts: one mixture for all rows or one a row, as in `mixture`; None is the base.
+            experts: one mixture for all rows or one a row, as in `mixture`; None is the base. By default the mixture
+                of the enclosing `using`, else the base.
             library: where names are looked up.
             attention_mask: (b t), for token ids with padding (on the left).
             tools: functions or JSON schemas for the chat template.
-            max_new_tokens: upper bound of the reply, in tokens.
+            max_new_tokens: upper bound of the reply, in tokens; 64 if None and the settings have none.
             streamer: a transformers streamer (they take one row).
-            generation: any setting of transformers' GenerationConfig (do_sample, num_beams, stop_strings, ...), or
+            generation: generation_config, any setting of it (do_sample, num_beams, stop_strings, ...), or
                 stopping_criteria, logits_processor and the like.
 
         Returns:
-            For texts and chats the replies, `num_return_sequences` a prompt; for token ids what transformers returns.
+            For texts and chats the replies, `num_return_sequences` a prompt; for token ids, or with
+            `return_dict_in_generate`, what transformers returns.
 
         Raises:
             MixtureError: the rows of `experts` are not those of `prompts`, or it is by token.
             SvdExpertError: text without a tokenizer, chats without a chat template.
         """
-        mixture = self.mixture(experts, library)
-        if mixture is not None and mixture.offsets.dim() == 3:
-            raise MixtureError("generate takes one mixture a row: tokens that do not exist yet have none of their own.")
         if isinstance(prompts, Tensor):
-            ids, mask = prompts, torch.ones_like(prompts) if attention_mask is None else attention_mask
+            ids, mask = _rows(prompts), torch.ones_like(prompts) if attention_mask is None else attention_mask
+        elif attention_mask is not None:
+            raise SvdExpertError("attention_mask belongs to token ids; texts and chats are padded here.")
         else:
             ids, mask = self._padded(self._encode(prompts, tools), left=True)
-        mixture = self._for_rows(mixture, ids.shape[0])
-        config = generation.get("generation_config") or self.hf.generation_config
-        beams = generation.get("num_beams", config.num_beams) or 1
-        sequences = generation.get("num_return_sequences", config.num_return_sequences) or 1
+        mixture = self._for_rows(experts, library, ids.shape[0])
+        if mixture is not None and mixture.offsets.dim() == 3:
+            raise MixtureError("generate takes one mixture a row: tokens that do not exist yet have none of their own.")
+        config = copy.deepcopy(generation.pop("generation_config", None) or self.hf.generation_config)
+        rest = config.update(**generation)  # what is no setting: stopping_criteria, logits_processor, ...
+        if max_new_tokens is not None:
+            config.max_new_tokens = max_new_tokens
+        elif config.max_new_tokens is None and config.max_length is None:
+            config.max_new_tokens = 64
+        if config.pad_token_id is None and self.tokenizer is not None:
+            config.pad_token_id = self._pad_id()
+        if config.stop_strings is not None:
+            rest["tokenizer"] = self._tokenizer()
         if mixture is not None:
-            mixture = mixture.repeated(max(beams, sequences))
-        if "stop_strings" in generation:
-            generation["tokenizer"] = self._tokenizer()
-        if self.tokenizer is not None and "pad_token_id" not in generation and config.pad_token_id is None:
-            generation["pad_token_id"] = self._pad_id()
+            defaults = self.hf.generation_config  # transformers fills in from it what the given settings leave open
+            beams = config.num_beams or defaults.num_beams or 1
+            mixture = mixture.repeated(max(beams, config.num_return_sequences or defaults.num_return_sequences or 1))
         device = device_of(self.hf.get_input_embeddings())
         with self.using(mixture):
             output = cast(Any, self.hf).generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
+                generation_config=config,
                 streamer=streamer,
-                **generation,
+                **rest,
             )
         if isinstance(prompts, Tensor) or not isinstance(output, Tensor):
             return cast(Tensor, output)
@@ -566,7 +477,7 @@ class SpectralModel:
     def logits(
         self,
         prompts: Prompts,
-        experts: Mixture | Blend | Sequence[Blend] | Tensor = None,
+        experts: Experts | InForce = InForce.MIXTURE,
         *,
         library: Mapping[str, Expert] | Bank | None = None,
         tools: Sequence[Any] | None = None,
@@ -575,21 +486,21 @@ class SpectralModel:
 
         Args:
             prompts: texts, chats or token ids (b t).
-            experts: as in `mixture`, by token too.
+            experts: as in `mixture`, by token too; by default as in `generate`.
             library: where names are looked up.
             tools: for the chat template.
         """
         if isinstance(prompts, Tensor):
-            ids, mask = prompts, torch.ones_like(prompts)
+            ids, mask = _rows(prompts), torch.ones_like(prompts)
         else:
             ids, mask = self._padded(self._encode(prompts, tools), left=False)
-        return self._forward(ids, mask, self.mixture(experts, library))
+        return self._forward(ids, mask, self._for_rows(experts, library, ids.shape[0]))
 
     def logprobs(
         self,
         prompts: Prompts,
         completions: Sequence[str] | Sequence[Tensor],
-        experts: Mixture | Blend | Sequence[Blend] | Tensor = None,
+        experts: Experts | InForce = InForce.MIXTURE,
         *,
         library: Mapping[str, Expert] | Bank | None = None,
         tools: Sequence[Any] | None = None,
@@ -599,14 +510,14 @@ class SpectralModel:
         Args:
             prompts: texts, chats or token ids (b t) without padding.
             completions: one a prompt: text, tokenised without special tokens, or token ids (t).
-            experts: as in `mixture`, one mixture for all rows or one a row.
+            experts: one mixture for all rows or one a row; by default as in `generate`.
             library: where names are looked up.
             tools: for the chat template.
 
         Returns:
             One tensor (t) a row, fp32, in nats.
         """
-        starts = list(prompts) if isinstance(prompts, Tensor) else self._encode(prompts, tools)
+        starts = list(_rows(prompts)) if isinstance(prompts, Tensor) else self._encode(prompts, tools)
         if len(completions) != len(starts):
             raise SvdExpertError(f"There are {len(starts)} prompts and {len(completions)} completions.")
         ends = [
@@ -615,7 +526,7 @@ class SpectralModel:
         ids, mask = self._padded(
             [torch.cat([start.cpu(), end.cpu()]) for start, end in zip(starts, ends, strict=True)], left=False
         )
-        logits = self._forward(ids, mask, self.mixture(experts, library))
+        logits = self._forward(ids, mask, self._for_rows(experts, library, ids.shape[0]))
         result = []
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             scores = logits[row, len(start) - 1 : len(start) + len(end) - 1].float().log_softmax(-1)  # (t v)
@@ -623,13 +534,22 @@ class SpectralModel:
         return result
 
     def _forward(self, ids: Tensor, mask: Tensor, mixture: Mixture | None) -> Tensor:
-        mixture = self._for_rows(mixture, ids.shape[0])
         device = device_of(self.hf.get_input_embeddings())
         with self.using(mixture):
             output = self.hf(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         return cast(Tensor, output.logits)
 
-    def _for_rows(self, mixture: Mixture | None, rows: int) -> Mixture | None:
+    def _for_rows(
+        self, experts: Experts | InForce, library: Mapping[str, Expert] | Bank | None, rows: int
+    ) -> Mixture | None:
+        """Return the mixture of a call for a batch of so many rows."""
+        if isinstance(experts, InForce):
+            mixture: Mixture | None = self._scope.mixture
+        else:
+            mixture = self.mixture(experts, library)
+            given = len(experts) if isinstance(experts, Sequence) and not isinstance(experts, str) else rows
+            if given != rows:
+                raise MixtureError(f"There are {rows} prompts and {given} rows of experts: give one for each row.")
         if mixture is not None and mixture.rows not in (None, rows):
             raise MixtureError(f"There are {rows} prompts and {mixture.rows} rows of experts: give one for each row.")
         return mixture
@@ -648,6 +568,10 @@ class SpectralModel:
             batch = [batch]
         if not batch:
             raise SvdExpertError("There are no prompts.")
+        if not isinstance(batch[0], str | Sequence) or (
+            not isinstance(batch[0], str) and not all(isinstance(turn, Mapping) for turn in batch[0])
+        ):
+            raise SvdExpertError("Prompts are texts, chats (lists of messages), or a tensor of token ids (b t).")
         if isinstance(batch[0], str):
             if tools:
                 raise SvdExpertError("tools belong to chats: pass lists of messages instead of texts.")
@@ -689,6 +613,12 @@ class SpectralModel:
         return f"SpectralModel({self.basis.key}, {state}, {self.form} form, {self.basis!r})"
 
 
+def _rows(ids: Tensor) -> Tensor:
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise SvdExpertError(f"Token ids are whole numbers (b t), not {tuple(ids.shape)} of {ids.dtype}.")
+    return ids
+
+
 _KINDS = "use an expert, a name, weights by name, None, a sequence of these, a tensor of weights, or a Mixture"
 
 
@@ -703,10 +633,15 @@ class _CapturedCheckpoint:
         self.scope = scope
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        coefficients, dense = self.scope.coefficients, self.scope.dense
+        coefficients, dense, mixture = self.scope.coefficients, self.scope.dense, self.scope.mixture
+        if mixture is not None and getattr(self.original, "keywords", {}).get("use_reentrant"):
+            raise SvdExpertError(
+                "Reentrant activation checkpointing frees the graph that all layers' coefficients share. Enable it "
+                "with use_reentrant=False, which is transformers' default."
+            )
 
         def under_the_same_mixture(*inner: Any, **named: Any) -> Any:
-            with self.scope.entered(coefficients, dense):
+            with self.scope.entered(coefficients, dense, mixture):
                 return function(*inner, **named)
 
         return self.original(under_the_same_mixture, *args, **kwargs)

@@ -26,12 +26,12 @@ def model_table(model: PreTrainedModel) -> Group:
         table.add_column(column, justify="left" if column == "matrix" else "right")
     kinds = Counter((_kind(name), matrix_shape(module)) for name, (module, _) in modules.items())
     for (kind, shape), count in kinds.items():
-        table.add_row(kind, f"{shape[0]} x {shape[1]}", str(min(shape)), str(count))
+        _row(table, kind, f"{shape[0]} x {shape[1]}", str(min(shape)), str(count))
     return _titled(title, table, _skipped(skipped))
 
 
 def basis_table(basis: Basis) -> Group:
-    """Return what a basis keeps of each kind of matrix, and which share of the squared weights that is."""
+    """Return what a basis keeps of each kind of matrix, with the range of its singular values."""
     title = f"{basis.key}: {len(basis.names)} matrices, {sum(basis.sizes)} numbers an expert"
     table = Table()
     for column in ("matrix", "shape (o, i)", "k", "count", "largest s", "smallest kept s"):
@@ -43,7 +43,7 @@ def basis_table(basis: Basis) -> Group:
         largest = max(float(basis.factors[name].s.max()) for name in names)
         smallest = min(float(basis.factors[name].s.min()) for name in names)
         row = (f"{shape[0]} x {shape[1]}", str(k), str(len(names)), f"{largest:.4g}", f"{smallest:.4g}")
-        table.add_row(kind, *row)
+        _row(table, kind, *row)
     note = f"experts act from layer {basis.key.first_layer} on; support {basis.key.support}; "
     return _titled(title, table, note + _skipped(basis.skipped))
 
@@ -59,7 +59,7 @@ def expert_table(expert: Expert, name: str) -> Group:
         offset = expert.offsets[matrix]
         cells = (float(expert.change(matrix).norm()), float(offset.mean()), float(offset.abs().max()))
         shape = f"{one.shape[0]} x {one.shape[1]}"
-        table.add_row(matrix, shape, str(one.k), f"{cells[0]:.4g}", f"{cells[1]:+.4f}", f"{cells[2]:.4f}")
+        _row(table, matrix, shape, str(one.k), f"{cells[0]:.4g}", f"{cells[1]:+.4f}", f"{cells[2]:.4f}")
     about = {"skill": expert.skill, "objective": expert.objective, "seed": expert.seed, **expert.scores}
     note = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
     return _titled(title, table, note)
@@ -74,7 +74,7 @@ def library_table(experts: Mapping[str, Expert]) -> Group:
     for name, one in experts.items():
         numbers = str(sum(offset.numel() for offset in one.offsets.values()))
         scores = ", ".join(f"{key} {value}" for key, value in one.scores.items())
-        table.add_row(name, one.skill or "", one.objective or "", one.core, numbers, f"{one.norm():.4g}", scores)
+        _row(table, name, one.skill or "", one.objective or "", one.core, numbers, f"{one.norm():.4g}", scores)
     return _titled(title, table)
 
 
@@ -86,7 +86,7 @@ def conflict_table(experts: Mapping[str, Expert]) -> Group:
     for name in experts:
         table.add_column(name, justify="right")
     for name, row in zip(experts, conflict_matrix(experts), strict=True):
-        table.add_row(name, *(f"{one.total.cosine:+.2f} ({one.total.opposed:.2f})" for one in row))
+        _row(table, name, *(f"{one.total.cosine:+.2f} ({one.total.opposed:.2f})" for one in row))
     return _titled(title, table)
 
 
@@ -134,6 +134,11 @@ def _heat_map(values: torch.Tensor, rows: Sequence[str], columns: Sequence[str],
     figure.colorbar(image, ax=axes, shrink=0.8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
+def _row(table: Table, *cells: str) -> None:
+    """Add a line; cells are text as it is, never rich's markup, which names and scores may look like."""
+    table.add_row(*map(Text, cells))
 
 
 def _titled(title: str, table: Table, note: str = "") -> Group:

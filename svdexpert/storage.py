@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,18 +21,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; what the body writes there becomes `path` when it ends without an exception.
 
     Args:
-        path: the final place; its folder is made if need be.
+        path: the final place; its folder is made if need be. A link is followed.
 
     Raises:
         OSError: the disk refused; `path` is as it was.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path, "tmp")
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,26 +41,27 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; it takes the place of `path` when the body ends without an exception.
 
-    A folder cannot be renamed over a full one, so the old one steps aside for the length of two renames, as
-    `.NAME.*.old`; a failure of the second rename puts it back.
+    A folder cannot be renamed over a full one. Linux swaps the two in one step; elsewhere the old one steps aside for
+    the length of two renames, as `.NAME.*.old`, and a failure of the second rename puts it back.
 
     Args:
-        path: the final place; its parent is made if need be.
+        path: the final place; its parent is made if need be. A link is followed.
 
     Raises:
         OSError: the disk refused; `path` is as it was.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    temporary = _beside(path, "tmp")
+    temporary.mkdir()
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
         if not path.exists():
             os.rename(temporary, path)
             return
         if _exchange(temporary, path):
             return  # the old one now has the temporary name
-        aside = temporary.with_suffix(".old")
+        aside = _beside(path, "old")
         os.rename(path, aside)
         try:
             os.rename(temporary, path)
@@ -74,15 +74,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+def _beside(path: Path, ending: str) -> Path:
+    """Return a free name beside a path. (Python's tempfile makes private files, and only a umask can widen them.)"""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{ending}")
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step, so that a kill finds one of them in place; False where the system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _umask() -> int:
-    # The umask can only be read by setting it; temporary files are made private, their final names should not be.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -18,7 +18,20 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svdexpert"
 
 # Imports point down this list only.
-ORDER = ["errors", "storage", "basis", "expert", "layers", "model", "export", "report", "demo", "cli"]
+ORDER = [
+    "errors",
+    "storage",
+    "basis",
+    "expert",
+    "library",
+    "layers",
+    "mixture",
+    "model",
+    "export",
+    "report",
+    "demo",
+    "cli",
+]
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
