@@ -139,10 +139,34 @@ def test_tied_weights_and_gates_are_left_alone() -> None:
     assert basis.skipped["model.layers.1.gate"] == "a single direction (a gate)"
 
 
-def test_routers_that_are_linear_are_left_alone() -> None:
-    hf = tiny("mixtral")
-    hf.model.layers[1].router = nn.Linear(32, 4, bias=False)
-    assert decompose(hf, k=4, progress=False).skipped["model.layers.1.router"] == "router"
+def test_routers_are_known_by_where_they_stand() -> None:
+    """Not by their width: with 16 experts, k_proj and v_proj are as wide as the router."""
+    hf = tiny("mixtral", num_experts=16, num_local_experts=16)
+    block = hf.model.layers[1].mlp
+    block.router = nn.Linear(32, 16, bias=False)
+    block.shared = nn.ModuleDict({"up_proj": nn.Linear(32, 16)})
+    basis = decompose(hf, k=4, progress=False)
+    assert basis.skipped["model.layers.1.mlp.router"] == "router"
+    adapted = {name.removeprefix("model.layers.1.") for name in basis.names if ".1." in name}
+    assert adapted == {f"self_attn.{one}_proj" for one in "qkvo"} | {"mlp.shared.up_proj"}
+
+
+def test_lists_of_experts_are_left_alone() -> None:
+    """They see the tokens that were routed to them, so a mixture by row would not know its rows."""
+    hf = tiny("llama")
+    hf.model.layers[1].mlp.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+    hf.model.layers[1].mlp.gate = nn.Linear(32, 4)
+    basis = decompose(hf, k=4, progress=False)
+    assert basis.skipped["model.layers.1.mlp.experts.3"] == "one of several parallel modules (an expert)"
+    assert basis.skipped["model.layers.1.mlp.gate"] == "router"
+
+
+def test_models_with_peft_adapters_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    hf = tiny("llama")
+    hf.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(BasisError, match="carries PEFT adapters"):
+        decompose(hf, k=4, progress=False)
 
 
 def test_quantised_bases_are_refused() -> None:
@@ -216,6 +240,31 @@ def test_sensitivity_is_cached_by_its_calibration_data(monkeypatch: pytest.Monke
         decompose(tiny("llama"), k=4, support="sensitivity", progress=False)
 
 
+def test_sensitivity_depends_on_all_weights_and_so_does_its_cache() -> None:
+    settings = {"k": 4, "support": "sensitivity", "calibration": batches(), "progress": False}
+    first = decompose(tiny("llama"), **settings)
+    hf = tiny("llama")
+    with torch.no_grad():
+        hf.lm_head.weight.copy_(hf.lm_head.weight.flip(0))
+    kept = decompose(hf, **settings)
+    fresh = decompose(hf, **settings, cache=False)
+    assert all(torch.equal(kept.factors[n].s, fresh.factors[n].s) for n in kept.names)
+    assert any(not torch.equal(kept.factors[n].s, first.factors[n].s) for n in kept.names)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[5]]), torch.tensor([5, 6]), torch.rand(2, 4)])
+def test_calibration_needs_a_next_token(ids: Tensor) -> None:
+    with pytest.raises(BasisError, match=r"token ids \(b t\), t at least 2"):
+        decompose(tiny("llama"), k=4, support="sensitivity", calibration=[ids], progress=False)
+
+
+def test_calibration_that_moves_nothing_is_refused() -> None:
+    hf = tiny("llama")
+    hf.model.layers[1].mlp.up_proj.weight.data.zero_()
+    with pytest.raises(BasisError, match=r"does not move model\.layers\.1\.mlp"):
+        decompose(hf, k=4, support="sensitivity", calibration=batches(), progress=False)
+
+
 # --- the cache
 
 
@@ -266,6 +315,8 @@ def test_damaged_cache_entries_are_made_again(tmp_path: Path, monkeypatch: pytes
     assert len(files) == 14
     files[0].write_bytes(files[0].read_bytes()[:50])
     files[1].write_bytes(b"")
+    whole = files[2].read_bytes()
+    files[2].write_bytes(whole[:-4] + bytes(byte ^ 1 for byte in whole[-4:]))
     got = decompose(tiny("llama"), k=8, progress=False)
     assert all(torch.equal(want[name], got.factors[name].u_t) for name in want)
 
@@ -277,11 +328,18 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path, monkeypatch: pytest.
     assert free.factors[free.names[0]].v.isfinite().all()
 
 
-def test_a_cache_that_cannot_be_written_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_of: Callable[..., Path]
+) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SVDEXPERT_CACHE", str(tmp_path / "file"))
+    folder = folder_of()
     with pytest.raises(BasisError, match="SVDEXPERT_CACHE"):
         decompose(tiny("llama"), k=8, progress=False)
+    with pytest.raises(BasisError, match="SVDEXPERT_CACHE"):
+        SpectralModel.from_pretrained(folder, k=8, progress=False)
+    with pytest.raises(BasisError, match="SVDEXPERT_CACHE"):
+        decompose(tiny("llama"), k=8, support="sensitivity", calibration=batches(), progress=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -59,9 +60,12 @@ def test_help_answers_at_once() -> None:
         "heavy = {'torch', 'transformers', 'lightning', 'peft', 'matplotlib', 'scipy', 'numpy', 'datasets'}\n"
         "print(sorted(heavy & sys.modules.keys()))\n"
     )
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 1
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
     assert done.stdout.endswith("[]\n")
     for verb in ("decompose", "inspect", "generate", "export", "demo"):
         assert verb in done.stdout
@@ -125,6 +129,14 @@ def test_generate_several_mixtures_in_one_batch(run: Run, base: Path, library: P
     assert "base" in run("generate", base, "hello", "--chat", "true", "--temperature", 1, "--max_new_tokens", 4)
 
 
+def test_text_is_shown_as_it_is(run: Run, library: Path) -> None:
+    """Names and replies may look like rich's markup."""
+    expert = dataclasses.replace(Library(library)["ask"], skill="ask [/x] [bold]", objective="sft [/INST]")
+    Library(library).add("ask", expert, overwrite=True)
+    assert "ask [/x] [bold]" in run("inspect", library)
+    assert "ask [/x] [bold]" in run("inspect", library / "ask")
+
+
 def test_export(run: Run, base: Path, library: Path, tmp_path: Path) -> None:
     out = tmp_path / "lora"
     printed = run("export", base, library, out, "--mix", "{ask: 0.7, doubt: 0.3}")
@@ -139,6 +151,11 @@ def test_mistakes_end_with_a_message(run: Run, base: Path, library: Path, tmp_pa
     assert "k <= 16" in run("decompose", base, "--k", 99, fails=True)
     assert "Did you mean 'ask'" in run("export", base, library, tmp_path / "x", "--mix", "{aks: 1}", fails=True)
     assert "say which with --mix" in run("export", base, library, tmp_path / "x", fails=True)
+    assert "say which with --mix" in run("generate", base, "hi", "--experts", library, fails=True)
+    assert "end in .png" in run("inspect", library, "--plot", tmp_path / "x.xyz", fails=True)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("{}")
+    assert "not a causal language model" in run("inspect", tmp_path / "odd", fails=True)
     assert "neither an expert, nor a library" in run("inspect", tmp_path, fails=True)
     assert "this is a model" in run("inspect", base, "--plot", tmp_path / "x.png", fails=True)
     assert "does not exist" in run("generate", base, "hi", "--experts", tmp_path / "none", fails=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -216,8 +218,10 @@ def test_round_trip_is_byte_stable(basis: Basis, core: str, tmp_path: Path) -> N
 def test_saving_keeps_what_else_is_there(basis: Basis, tmp_path: Path) -> None:
     folder = Expert.random(basis).save(tmp_path / "one")
     (folder / "notes.md").write_text("mine")
+    Expert.random(basis, seed=2).save(folder / "inner")
     Expert.random(basis, seed=1).save(folder)
     assert (folder / "notes.md").read_text() == "mine"
+    assert Expert.load(folder / "inner") == Expert.random(basis, seed=2)
     assert Expert.load(folder) == Expert.random(basis, seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
@@ -230,11 +234,43 @@ def test_saving_does_not_take_a_folder_that_is_not_its_own(basis: Basis, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_card_that_is_not_json_is_not_written(basis: Basis, tmp_path: Path) -> None:
-    for value in (object(), float("nan")):
-        with pytest.raises(ExpertError, match="JSON"):
-            dataclasses.replace(Expert.random(basis), scores={"doing": value}).save(tmp_path / "one")
+def test_a_card_that_could_not_be_read_again_is_not_written(basis: Basis, tmp_path: Path) -> None:
+    for change, message in (
+        ({"scores": {"doing": object()}}, "JSON"),
+        ({"scores": {"doing": float("nan")}}, "JSON"),
+        ({"config": {1: "a", "1": "b"}}, "named twice"),
+        ({"seed": -1}, "seed is -1"),
+        ({"skill": 5}, "skill is 5"),
+    ):
+        with pytest.raises(ExpertError, match=message):
+            dataclasses.replace(Expert.random(basis), **change).save(tmp_path / "one")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_through_a_link_replaces_what_it_leads_to(basis: Basis, tmp_path: Path) -> None:
+    Expert.random(basis).save(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    Expert.random(basis, seed=1).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert Expert.load(tmp_path / "real") == Expert.random(basis, seed=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+
+
+def test_files_have_the_permissions_of_the_user(basis: Basis, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        threads = [
+            threading.Thread(target=lambda n=n: [Expert.random(basis).save(tmp_path / f"{n}") for _ in range(5)])
+            for n in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        assert os.umask(before) == 0o027
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o750}
 
 
 # --- libraries
@@ -315,6 +351,10 @@ def test_links_out_of_a_library_are_not_followed(basis: Basis, tmp_path: Path) -
         library["link"]
     with pytest.raises(ExpertError, match="leads out of the library"):
         library.remove("link")
+    Expert.random(basis).save(library.path / "no plain name")
+    assert list(library) == ["inside"]
+    assert dict(library).keys() == {"inside"}
+    assert "link" not in library
     assert (outside / "expert.json").is_file()
 
 

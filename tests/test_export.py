@@ -88,6 +88,8 @@ def test_a_folder_in_use_is_kept(model: SpectralModel, tmp_path: Path) -> None:
             write(expert, model, tmp_path)
         with pytest.raises(ExportError, match="is a file"):
             write(expert, model, tmp_path / "thesis.tex")
+        with pytest.raises(ExportError, match="something else than an export"):
+            write(expert, model, tmp_path, overwrite=True)
         write(expert, model, tmp_path / write.__name__)
         write(expert, model, tmp_path / write.__name__, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "export_lora", "merge"}
@@ -156,6 +158,11 @@ def test_the_checker_reads_the_tensors(model: SpectralModel, tmp_path: Path) -> 
         export_lora(expert, model, folder, overwrite=True)
         mutate(folder, **{name: one})
         with pytest.raises(ExportError, match=message):
+            check_lora(folder)
+    for text in ("[]", "{}", '{"target_modules": "all-linear"}'):
+        export_lora(expert, model, folder, overwrite=True)
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ExportError, match="no list of target_modules"):
             check_lora(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(ExportError, match="not a readable LoRA folder"):

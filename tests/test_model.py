@@ -12,7 +12,7 @@ import torch
 from conftest import byte_tokenizer, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from transformers import TextIteratorStreamer, pipeline
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 from svdexpert import BasisError, Expert, Library, MismatchError, Mixture, MixtureError, SpectralModel, SvdExpertError
 
@@ -90,6 +90,17 @@ def test_mistakes_are_explained(model: SpectralModel, experts: Experts, ids: Ten
         model.logits(ids, torch.ones(4, 2), library=experts)
     with pytest.raises(MixtureError, match="NaN"):
         model.logits(ids, torch.full((3,), float("nan")), library=experts)
+    for rows in ([], [None] * 3, [{}, {}]):
+        with pytest.raises(MixtureError, match=f"4 prompts and {len(rows)} rows"):
+            model.logits(ids, rows)
+    with pytest.raises(SvdExpertError, match="attention_mask belongs to token ids"):
+        model.generate("hi", attention_mask=torch.ones(1, 2))
+    for prompts in ([[1, 2], [3]], [3], []):
+        with pytest.raises(SvdExpertError, match=r"texts, chats|no prompts"):
+            model.generate(prompts)
+    for wrong in (ids[0], ids.float()):
+        with pytest.raises(SvdExpertError, match=r"whole numbers \(b t\)"):
+            model.logits(wrong)
     with pytest.raises(MixtureError, match="float"):
         model.logits(ids, 0.5, library=experts)
     with pytest.raises(MixtureError, match="one mixture a row"):
@@ -116,6 +127,32 @@ def test_the_scope_ends_with_the_call(model: SpectralModel, experts: Experts, id
         assert not torch.equal(model.hf(ids).logits, before)
         raise RuntimeError("user")
     assert torch.equal(model.hf(ids).logits, before)
+
+
+def test_calls_inside_a_scope_use_its_mixture(model: SpectralModel, experts: Experts, ids: Tensor) -> None:
+    expert, base = experts["ask"], model.logits(ids)
+    want = model.logits(ids, expert)
+    with model.using(expert):
+        assert torch.equal(model.logits(ids), want)
+        assert torch.equal(model.logits(ids, None), base)
+        assert torch.equal(model.logits(ids, {}), base)
+        assert model.generate("hi", max_new_tokens=9, **NONE) == model.generate("hi", expert, max_new_tokens=9, **NONE)
+    rows = [expert, None, -expert, None]
+    with model.using(rows):
+        assert torch.equal(model.logits(ids), model.logits(ids, rows))
+        beams = {"num_beams": 2, "max_new_tokens": 4, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **beams), model.generate(ids, rows, **beams))
+        with pytest.raises(MixtureError, match="3 prompts and 4 rows"):
+            model.logits(ids[:3])
+
+
+def test_detaching_twice_is_once(ids: Tensor) -> None:
+    first = SpectralModel.attach(tiny("llama"), k=8, progress=False)
+    hf = first.detach()
+    second = SpectralModel.attach(hf, k=8, progress=False)
+    assert first.detach() is hf
+    second.logits(ids, Expert.random(second.basis))
+    assert not any(one.requires_grad for one in hf.parameters())
 
 
 def test_models_do_not_hear_each_other(attached: Attach, model: SpectralModel, experts: Experts, ids: Tensor) -> None:
@@ -232,6 +269,38 @@ def test_stop_strings(model: SpectralModel, experts: Experts) -> None:
     assert cut == whole[: whole.index(whole[3]) + 1]
 
 
+def test_generation_settings_are_transformers_own(model: SpectralModel, experts: Experts) -> None:
+    expert = experts["ask"]
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=None)
+    assert len(model.generate("hi", expert, generation_config=config)[0]) == 3
+    assert len(model.generate("hi", expert, generation_config=config, max_new_tokens=5)[0]) == 5
+    assert len(model.generate("hi", expert, max_length=10, **NONE)[0]) == 8
+    whole = model.generate("stop", expert, max_new_tokens=20, **NONE)[0]
+    config = GenerationConfig(max_new_tokens=20, eos_token_id=None, stop_strings=[whole[3]])
+    assert model.generate("stop", expert, generation_config=config)[0] == whole[: whole.index(whole[3]) + 1]
+    config = GenerationConfig(max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    assert len(model.generate(["a", "b"], [expert, None], generation_config=config)) == 4
+    model.hf.generation_config.num_beams = 3
+    config = GenerationConfig(max_new_tokens=4)
+    assert len(model.generate(["a", "b"], [expert, None], generation_config=config)) == 2
+    assert config.to_diff_dict().keys() >= {"max_new_tokens"}
+    assert config.pad_token_id is None
+    output = model.generate("a", expert, max_new_tokens=2, return_dict_in_generate=True)
+    assert output.sequences.shape == (1, 3)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
+def test_device_maps(folder_of: Callable[..., Path], ids: Tensor, device_map: object) -> None:
+    pytest.importorskip("accelerate")
+    folder = folder_of()
+    model = SpectralModel.from_pretrained(folder, k=8, device_map=device_map, progress=False)
+    plain = SpectralModel.from_pretrained(folder, k=8, progress=False)
+    expert = Expert.random(plain.basis, std=0.3)
+    rows = [expert, None, -expert, None]
+    assert torch.equal(model.logits(ids, rows), plain.logits(ids, rows))
+    assert model.generate("hi", expert, max_new_tokens=5) == plain.generate("hi", expert, max_new_tokens=5)
+
+
 def test_logprobs_are_those_of_the_logits(model: SpectralModel, experts: Experts) -> None:
     prompts, ends = ["ab", "a longer one"], ["xyz", "q"]
     rows = [experts["ask"], None]
@@ -331,6 +400,13 @@ def test_backward_after_the_scope_and_in_another_thread(attached: Attach, ids: T
         assert "_CapturedCheckpoint" not in functions
 
 
+def test_reentrant_checkpointing_is_refused(model: SpectralModel, ids: Tensor) -> None:
+    model.hf.train()
+    model.hf.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(SvdExpertError, match="use_reentrant=False"):
+        gradient(model, ids)
+
+
 def test_training_without_a_mixture_has_nothing_to_train(model: SpectralModel, ids: Tensor) -> None:
     assert not model.hf(ids, labels=ids).loss.requires_grad
 
@@ -361,6 +437,34 @@ def test_compiles_once_for_all_mixtures(model: SpectralModel, experts: Experts, 
             torch.testing.assert_close(got, model.logits(ids, mixture), atol=1e-5, rtol=0)
         assert counter.frame_count == 1
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model.logits(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+@pytest.mark.parametrize("kind", ["rows", "tokens", "dense", "factored"])
+def test_compiles_with_gradients_in_every_kind(attached: Attach, ids: Tensor, kind: str) -> None:
+    torch._dynamo.reset()
+    full = {"k": "full", "form": "factored"} if kind == "factored" else {}
+    model = attached(**full)
+    core = "dense" if kind == "dense" else "diag"
+    n = Expert.zeros(model.basis, core).flat(model.basis).numel()
+    offsets = (0.05 * torch.randn((4, 7, n) if kind == "tokens" else (4, n))).requires_grad_()
+    compiled = torch.compile(model.hf, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (model.hf, compiled):
+        with model.using(Mixture(offsets, core)):
+            run(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(offsets.grad)
+        offsets.grad = None
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(model: SpectralModel, experts: Experts, ids: Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model.hf, fullgraph=True)
+    with torch.no_grad(), model.using([experts["ask"], None, experts["call"], None]):
+        got = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(got, model.hf(ids, use_cache=False).logits, atol=1e-5, rtol=0)
 
 
 def test_inference_mode(ids: Tensor) -> None:
