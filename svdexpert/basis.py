@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,6 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -482,13 +484,16 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values[-keep:], vectors[:, -keep:]
     else:  # only the k wanted eigenvectors are formed
-        low, high = scipy.linalg.eigh(
-            gram.numpy().T,  # symmetric; the transposed view is what LAPACK can overwrite without a copy
-            overwrite_a=True,
-            check_finite=False,
-            driver="evr",
-            subset_by_index=(short - keep, short - 1),
-        )
+        # scipy's BLAS has threads of its own, which spin on a busy machine: a 512 x 512 matrix took up to 7 s beside two
+        # other processes, 0.07 s with one thread. Alone, one thread costs a tenth.
+        with _blas().limit(limits=1):
+            low, high = scipy.linalg.eigh(
+                gram.numpy().T,  # symmetric; the transposed view is what LAPACK can overwrite without a copy
+                overwrite_a=True,
+                check_finite=False,
+                driver="evr",
+                subset_by_index=(short - keep, short - 1),
+            )
         values, vectors = torch.from_numpy(low), torch.from_numpy(high)
     values, vectors = values.flip(0), vectors.flip(1)
     if values[-1] <= values[0] * _GRAM_RATIO**2:
@@ -501,6 +506,12 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
     order = s.argsort(descending=True, stable=True)
     s, other, vectors = s[order], other[:, order], vectors[:, order]
     return (other, s, vectors) if tall is weight else (vectors, s, other)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """Return the control of the BLAS libraries in this process; looking for them takes some milliseconds."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:

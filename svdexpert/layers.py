@@ -82,7 +82,8 @@ class _Adapted:
         h = self._project(x, coefficients[self._svd_position])  # (b t k)
         u_t = self._buffers["_svd_u_t"]
         if y.dtype is u_t.dtype and h.dtype is u_t.dtype and y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), u_t)  # no second (b t o) in memory
+            # In place: no second (b t o) in memory.
+            y.view(-1, u_t.shape[1]).addmm_(h.view(-1, u_t.shape[0]), u_t)
             return y
         return y + torch.matmul(h, u_t).to(y.dtype)  # under autocast the dtypes differ
 
@@ -93,7 +94,9 @@ class _Adapted:
             # Half precision may overflow here where W x does not; inf * 0 must not reach a row that has no offset.
             # (In fp32 that takes activations beyond 1e37; the check would cost every decode step.)
             h = h.nan_to_num()
-        return _scaled(h, c.to(h.dtype), self._svd_scope.dense)
+        if c.dtype is not h.dtype:
+            c = c.to(h.dtype)
+        return _scaled(h, c, self._svd_scope.dense)
 
 
 class _AdaptedFactored(_Adapted):
@@ -109,6 +112,8 @@ class _AdaptedFactored(_Adapted):
 
 def _scaled(h: Tensor, c: Tensor, dense: bool) -> Tensor:
     """Scale h (b t k), or (b*t k) where a model flattens its tokens, by coefficients for all, by row or by token."""
+    if not dense and c.dim() == h.dim() == 3 and c.shape[0] == h.shape[0] and c.shape[1] in (1, h.shape[1]):
+        return h * c if torch.is_grad_enabled() else h.mul_(c)
     if c.dim() == (2 if dense else 1):
         return torch.matmul(h, c.mT) if dense else h * c
     rows, tokens = c.shape[0], c.shape[1] if c.dim() == (4 if dense else 3) else 1

@@ -188,6 +188,18 @@ def test_a_detached_model_says_so(attached: Attach, ids: Tensor) -> None:
         model.logits(ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_head_computes_as_it_did_before_it_was_frozen(dtype: torch.dtype) -> None:
+    hf = tiny("llama", vocab_size=2048).to(dtype)
+    for rows in (1, 4):
+        ids = torch.randint(3, 96, (rows, 7))
+        with torch.no_grad():
+            before = hf(ids, logits_to_keep=1).logits
+            with SpectralModel.attach(hf, k=8, progress=False) as model:
+                assert torch.equal(model.hf(ids, logits_to_keep=1).logits, before)
+    assert not hf.get_output_embeddings()._forward_pre_hooks
+
+
 def test_factors_follow_the_model(model: SpectralModel, experts: Experts, ids: Tensor) -> None:
     want = model.logits(ids, experts["ask"])
     model.hf.to(torch.float64)
