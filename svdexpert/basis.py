@@ -484,7 +484,7 @@ def _from_gram(weight: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor] | Non
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values[-keep:], vectors[:, -keep:]
     else:  # only the k wanted eigenvectors are formed
-        # scipy's BLAS has threads of its own, which spin on a busy machine: a 512 x 512 matrix took up to 7 s beside two
+        # scipy's BLAS has its own threads, which spin on a busy machine: one 512 x 512 matrix took up to 7 s beside two
         # other processes, 0.07 s with one thread. Alone, one thread costs a tenth.
         with _blas().limit(limits=1):
             low, high = scipy.linalg.eigh(
