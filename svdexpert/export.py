@@ -102,11 +102,17 @@ def export_lora(
         factors = model.basis.factors[name]
         left, right, retained = _low_rank(change, rank)
         kept, total = kept + retained, total + float(change.double().square().sum())
-        a = right @ factors.v.T if right.dim() == 2 else factors.v.T[right]  # (r i)
-        b = factors.u_t.T @ left if right.dim() == 2 else factors.u_t[right].T * left  # (o r)
-        pad = rank - a.shape[0]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, pad)).contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, pad)).contiguous()
+        a = torch.zeros(rank, factors.v.shape[0])  # (r i)
+        b = torch.zeros(factors.u_t.shape[1], rank)  # (o r)
+        used = left.shape[-1]
+        if left.dim() == 1:
+            a[:used] = factors.v.T[right]
+            torch.mul(factors.u_t[right].T, left, out=b[:, :used])
+        else:
+            a[:used] = cast(Tensor, right) @ factors.v.T
+            b[:, :used] = factors.u_t.T @ left
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
     share = kept / total if total else 1.0
     if share < 0.99 and not allow_lossy:
         raise ExportError(
@@ -121,15 +127,16 @@ def export_lora(
     return LoraExport(Path(folder), rank, len(changes), share)
 
 
-def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor | slice, float]:
     """Split a change in the basis by its largest parts; also returns their squared Frobenius norm.
 
     A diagonal change gives the values (r) and positions (r) of its largest entries, a dense one C ~ L R with L (k r),
     R (r k).
     """
     if change.dim() == 1:
-        keep = min(rank, change.shape[0])
-        positions = change.abs().topk(keep).indices.sort().values
+        if rank >= change.shape[0]:
+            return change, slice(None), float(change.double().square().sum())
+        positions = change.abs().topk(rank).indices.sort().values
         return change[positions], positions, float(change[positions].double().square().sum())
     u, s, vh = torch.linalg.svd(change.double(), full_matrices=False)
     keep = min(rank, s.shape[0])
