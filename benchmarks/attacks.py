@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +42,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdexpert import Expert, SpectralModel
+from svdexpert.cli import run_command
 from svdexpert.storage import whole_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "attacks"))
@@ -438,4 +438,4 @@ def main(output: str = "benchmarks/results/attacks.json") -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_command(main, Path(__file__).name)

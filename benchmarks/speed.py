@@ -1,7 +1,7 @@
 """What does a mixture in every row cost, beside the alternatives?
 
     python benchmarks/speed.py                          everything; benchmarks/results/speed.json
-    python benchmarks/speed.py --quick=true             every figure, few repetitions, under 50 s; writes nothing
+    python benchmarks/speed.py --quick                  every figure, few repetitions, under 50 s; writes nothing
     python benchmarks/speed.py --only='[decode]'        measure again what begins with `decode`, keep the rest
 
 Every figure is printed beside its bar, met or missed. Figures of time are ratios of two ways to do the same thing,
@@ -44,7 +44,6 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from jsonargparse import auto_cli
 from peft import (
     ArrowConfig,
     LoHaConfig,
@@ -63,6 +62,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from svdexpert import Bank, Expert, Mixture, SpectralModel, decompose, export_lora
 from svdexpert.basis import Rank
+from svdexpert.cli import run_command
 from svdexpert.layers import Form
 from svdexpert.storage import whole_file
 
@@ -768,4 +768,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_command(main, Path(__file__).name)

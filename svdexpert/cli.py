@@ -319,22 +319,42 @@ def _show(what: object) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(what, highlight=False, markup=False)
 
 
-def main() -> None:
-    """Run the command line; library errors end it with their message and status 1."""
-    from jsonargparse import auto_cli
+def run_command(components: Any, prog: str, **options: Any) -> None:
+    """Run typed functions as a command line; library errors end it with their message and status 1.
 
-    verbs: Any = {
+    Args:
+        components: a function, or functions by verb.
+        prog: name of the program.
+        options: of jsonargparse's auto_cli.
+    """
+    from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
+
+    class Parser(ArgumentParser):
+        """Takes --flag and --no_flag for a bool, as people write them, instead of --flag=true."""
+
+        def add_argument(self, *names: Any, **settings: Any) -> Any:
+            if settings.get("type") is bool:
+                del settings["type"]
+                settings["action"] = ActionYesNo(no_prefix="no_")
+            return super().add_argument(*names, **settings)
+
+    try:
+        auto_cli(components, prog=prog, parser_class=Parser, **options)
+    except (SvdExpertError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+def main() -> None:
+    """Run `svdexpert`."""
+    verbs = {
         "decompose": decompose_model,  # under another name: jsonargparse would find, and load, svdexpert.decompose
         "inspect": inspect,
         "generate": generate,
         "export": export,
         "demo": demo,
     }
-    try:
-        auto_cli(verbs, prog="svdexpert", version=__version__)
-    except (SvdExpertError, OSError) as error:
-        print(f"svdexpert: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+    run_command(verbs, "svdexpert", version=__version__)
 
 
 if __name__ == "__main__":

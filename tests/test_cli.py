@@ -126,7 +126,7 @@ def test_generate_several_mixtures_in_one_batch(run: Run, base: Path, library: P
         assert mixture in printed
         assert reply.strip() in printed
     assert "ask 1" in run("generate", base, "hello", "--experts", library / "ask", "--max_new_tokens", 4)
-    assert "base" in run("generate", base, "hello", "--chat", "true", "--temperature", 1, "--max_new_tokens", 4)
+    assert "base" in run("generate", base, "hello", "--chat", "--temperature", 1, "--max_new_tokens", 4)
 
 
 def test_text_is_shown_as_it_is(run: Run, library: Path) -> None:
@@ -144,6 +144,8 @@ def test_export(run: Run, base: Path, library: Path, tmp_path: Path) -> None:
     assert "keep vLLM's rules" in printed
     assert (out / "adapter_model.safetensors").is_file()
     assert "merged" in run("export", base, library / "ask", tmp_path / "merged", "--form", "merged")
+    printed = run("export", base, library / "ask", out, "--overwrite", "--no_check")
+    assert "keep vLLM's rules" not in printed
     assert not list(tmp_path.rglob("*.bin"))
 
 

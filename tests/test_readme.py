@@ -99,7 +99,7 @@ def test_the_commands_run(stand_in: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
 def test_the_benchmarks_run(script: str, tmp_path: Path) -> None:
     options = {
-        "speed.py": ["--quick=true"],
+        "speed.py": ["--quick"],
         "attacks.py": [f"--output={tmp_path / 'attacks.json'}"],
         "readme.py": [],
     }[script]
