@@ -20,21 +20,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # PEFT asks the hub for files that
 
 import json
 import logging
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from provenance import commit, machine, versions
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -360,17 +358,6 @@ def try_all(sound: Path, attacks: dict[str, Mutate], use: Callable[[Path], Tenso
     return outcomes
 
 
-def commit() -> dict[str, Any] | None:
-    """Return the revision and whether anything but results differs from it; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if found.returncode:
-        return None
-    status = [*git, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    return {"revision": found.stdout.strip(), "dirty": bool(changed)}
-
-
 def figures(ours: dict[str, Outcome], theirs: dict[str, Outcome]) -> dict[str, int]:
     through = [one for one in theirs.values() if not one.refused]
     silent = [one for one in through if not one.warned]
@@ -429,7 +416,8 @@ def main(output: str = "benchmarks/results/attacks.json") -> None:
         "figures": found,
         "svdexpert": {name: asdict(one) for name, one in ours.items()},
         "peft": {name: {"counterpart": COUNTERPARTS[name][0]} | asdict(one) for name, one in theirs.items()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
+        "machine": machine(),
         "commit": commit(),
         "command": "python " + " ".join(["benchmarks/attacks.py", *sys.argv[1:]]),
     }

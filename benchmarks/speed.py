@@ -24,9 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # torch.set_num_threads does
 import itertools
 import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +35,6 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,6 +51,7 @@ from peft import (
     get_peft_model,
     save_as_lora,
 )
+from provenance import commit, machine, versions
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -661,8 +659,8 @@ class Results:
             "figures": {name: self.figures[name] for name in known_figures() if name in self.figures},
             "bars": {name: {"op": bar.op, "value": bar.value} for name, bar in known_figures().items() if bar},
             "details": self.details,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "machine": machine(),
+            "versions": versions(PACKAGES),
+            "machine": machine() | {"threads": {name: shape.threads for name, shape in SHAPES.items()}},
             "seeds": SEEDS,
             "commit": commit(),
             "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -685,24 +683,6 @@ def known_figures() -> dict[str, Bar | None]:
 
 def figure_name(figure: str, cell: str) -> str:
     return figure if cell == MAIN else f"{figure}__{cell}"
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    threads = {name: shape.threads for name, shape in SHAPES.items()}
-    return {"cpu": model, "cores": os.cpu_count(), "threads": threads, "system": platform.platform()}
-
-
-def commit() -> dict[str, Any] | None:
-    """Return the revision and whether anything but results differs from it; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if found.returncode:
-        return None
-    status = [*git, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    return {"revision": found.stdout.strip(), "dirty": bool(changed)}
 
 
 def show(results: Results, quick: bool) -> None:
