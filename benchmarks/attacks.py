@@ -320,7 +320,8 @@ def attempt(folder: Path, use: Callable[[Path], Tensor], known: dict[str, Tensor
         try:
             logits = use(folder)
         except Exception as raised:  # any kind is a refusal, whatever library it comes from
-            error = f"{type(raised).__name__}: {str(raised).strip().partition(chr(10))[0][:160]}"
+            said = str(raised).replace(str(folder), folder.name).strip()  # the place is another one in every run
+            error = f"{type(raised).__name__}: {said.partition(chr(10))[0][:160]}"
     warned = tuple(dict.fromkeys(line for one in heard if (line := one.strip().partition("\n")[0][:160]) not in usual))
     ran = executed(folder).exists()
     if logits is None:
