@@ -255,15 +255,13 @@ def decompose(
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svdexpert-")))
         if support == "top":
-            factors = {
-                name: _cached(folder, fingerprints[name], matrix_shape(module), k, "top")
-                or _store(
-                    folder,
-                    (fingerprints[name], matrix_shape(module), k, "top"),
-                    _with_weight(module, lambda w, name=name: factorise(w, k, name=name)),
-                )
-                for name, module in _watch(chosen, "decomposing", progress)
+            keys = {name: (fingerprints[name], matrix_shape(module), k, "top") for name, module in chosen.items()}
+            held = {name: _cached(folder, *key) for name, key in keys.items()}
+            made = {
+                name: _store(folder, keys[name], _with_weight(module, lambda w, name=name: factorise(w, k, name=name)))
+                for name, module in _watch({n: chosen[n] for n in chosen if held[n] is None}, "decomposing", progress)
             }
+            factors = {name: held[name] or made[name] for name in chosen}
         else:
             factors = _sensitive(model, chosen, fingerprints, k, batches, folder, progress)
         if not cache:  # the files are about to go, so keep the numbers
@@ -726,4 +724,5 @@ class _Trusted:
 
 def _watch(what: Any, doing: str, progress: bool) -> Iterator[Any]:
     items = list(what.items()) if isinstance(what, dict) else what
-    yield from track(items, doing, console=Console(stderr=True), disable=not progress, transient=True)
+    idle = not progress or not items
+    yield from track(items, doing, console=Console(stderr=True), disable=idle, transient=True)

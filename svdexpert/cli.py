@@ -5,12 +5,15 @@ imported before a verb runs, so that `svdexpert --help` answers at once; for the
 postponed here (jsonargparse would import everything under TYPE_CHECKING to resolve them).
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from jsonargparse.typing import PositiveInt
+
 from svdexpert import __version__
-from svdexpert.errors import BasisError, ExpertError, SvdExpertError
+from svdexpert.errors import BasisError, ExpertError, ExportError, MixtureError, SvdExpertError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +56,7 @@ def decompose_model(
     from svdexpert.model import SpectralModel
     from svdexpert.report import basis_table
 
+    _quiet_when_piped()
     start = time.perf_counter()
     texts = _texts(calibration)
     loaded = SpectralModel.from_pretrained(
@@ -68,7 +72,7 @@ def decompose_model(
         trust_remote_code=trust_remote_code,
     )
     _show(basis_table(loaded.basis))
-    _show(f"loaded and decomposed in {time.perf_counter() - start:.1f} s; factors are in {cache_folder()}")
+    _show(f"ready in {time.perf_counter() - start:.1f} s; factors are kept in {cache_folder()}")
 
 
 def inspect(path: str, plot: str | None = None, revision: str | None = None) -> None:
@@ -92,6 +96,7 @@ def inspect(path: str, plot: str | None = None, revision: str | None = None) -> 
         _show(report.expert_table(expert, place.name))
         if picture is not None:
             report.plot_expert(expert, picture)
+            _show(f"picture in {picture}")
     elif path.startswith("hf://") or any(place.glob("*/expert.json")):
         hub = path.removeprefix("hf://")
         library = Library.from_hub(hub, revision=revision) if path.startswith("hf://") else Library(place)
@@ -100,6 +105,7 @@ def inspect(path: str, plot: str | None = None, revision: str | None = None) -> 
         _show(report.conflict_table(experts))
         if picture is not None:
             report.plot_conflict(experts, picture)
+            _show(f"picture in {picture}")
     else:
         if place.is_dir() and not (place / "config.json").is_file():
             raise ExpertError(f"{path} is neither an expert, nor a library of experts, nor a model.")
@@ -114,7 +120,7 @@ def generate(
     experts: str | None = None,
     mix: dict[str, float] | list[dict[str, float]] | None = None,
     chat: bool = False,
-    max_new_tokens: int = 64,
+    max_new_tokens: PositiveInt = 64,
     temperature: float = 0.0,
     seed: int = 0,
     calibration: str | None = None,
@@ -148,6 +154,10 @@ def generate(
     library = _experts(experts)
     wanted = mix if mix is not None else _alone(library, experts)
     rows = [wanted] if isinstance(wanted, dict) else wanted
+    if not rows:
+        raise MixtureError("--mix is an empty list: give at least one mixture, {} is the base.")
+    if experts is None and any(rows):
+        raise MixtureError("--mix names experts: say where they are with --experts FOLDER.")
     loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
     torch.manual_seed(seed)
     turn = [{"role": "user", "content": prompt}] if chat else prompt
@@ -205,6 +215,10 @@ def export(
     from svdexpert.export import check_lora, export_lora, merge
 
     library = _experts(experts)
+    if mix == {}:
+        raise MixtureError("--mix is empty: there is nothing to export.")
+    if form == "merged" and rank is not None:
+        raise ExportError("--rank is for LoRA: a merged checkpoint has none.")
     weights = mix or _alone(library, experts)
     parts = [weight * _named(library, name) for name, weight in weights.items()]
     expert = parts[0]
@@ -284,32 +298,47 @@ def _load_for(
     from svdexpert.model import SpectralModel
 
     texts = _texts(calibration)
+    _quiet_when_piped()
     where: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     if not library:
         return SpectralModel.from_pretrained(model, k=1, revision=revision, **where)
     key = next(iter(library.values())).key
-    return SpectralModel.from_pretrained(
-        model,
-        k=key.k,
-        support=key.support,
-        first_layer=key.first_layer,
-        targets=list(key.matrices),
-        calibration=texts,
-        revision=revision or (key.revision if key.base == model else None),
-        **where,
-    )
+    try:
+        return SpectralModel.from_pretrained(
+            model,
+            k=key.k,
+            support=key.support,
+            first_layer=key.first_layer,
+            targets=list(key.matrices),
+            calibration=texts,
+            revision=revision or (key.revision if key.base == model else None),
+            **where,
+        )
+    except BasisError as error:
+        raise BasisError(f"These experts were made for {key}; {model} cannot be given their basis. {error}") from error
 
 
 def _empty_model(path: str, revision: str | None) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from svdexpert.model import check_base
+
     with torch.device("meta"):
+        check_base(path)
         try:
             config = AutoConfig.from_pretrained(path, revision=revision)
             return cast("PreTrainedModel", cast(Any, AutoModelForCausalLM).from_config(config))
         except (OSError, ValueError) as error:
             raise BasisError(f"{path} is not a causal language model that transformers knows. {error}") from error
+
+
+def _quiet_when_piped() -> None:
+    """Keep transformers' progress bars out of logs."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def _show(what: object) -> None:
@@ -341,8 +370,12 @@ def run_command(components: Any, prog: str, **options: Any) -> None:
     try:
         auto_cli(components, prog=prog, parser_class=Parser, **options)
     except (SvdExpertError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)  # noqa: T201
+        said = re.sub(r"\b([a-z_]+)=True", r"--\1", str(error))  # arguments of functions are options here
+        print(f"{prog}: {said}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; nothing half-written is left", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def run(folder: Path) -> None:
     prompts = ["Book a table for two."] * len(mixtures)
     together = model.generate(prompts, mixtures, library=library, max_new_tokens=24, do_sample=False)
     apart = [model.generate(prompts[0], m, library=library, max_new_tokens=24, do_sample=False)[0] for m in mixtures]
-    table = Table(title="one batch, four mixtures (random weights, so the text is noise)")
+    table = Table(title="3. one batch, four mixtures (random weights, so the text is noise)")
     for column in ("mixture", "reply", "same as alone"):
         table.add_column(column)
     for mixture, reply, alone in zip(mixtures, together, apart, strict=True):
@@ -53,6 +53,7 @@ def run(folder: Path) -> None:
     bank = model.bank(library)
     ratio = overhead(model, ids, bank.mix(torch.rand(16, 3)))
     say(f"[bold]4.[/] 16 rows with 16 mixtures: a forward pass takes {ratio:.2f} times the base's")
+    say("   (a small model, all tokens; benchmarks/speed.py measures larger ones)")
 
     # 5. A mixture leaves as one LoRA, or as a merged checkpoint; both reload elsewhere.
     mixed = 0.7 * library["clarify"] + 0.3 * library["disagree"]

@@ -301,7 +301,8 @@ class Expert:
         folder = Path(folder)
         if not folder.exists():
             siblings = [path.parent.name for path in folder.parent.glob(f"*/{CARD}")]
-            raise ExpertError(f"{folder} does not exist." + did_you_mean(folder.name, siblings))
+            hint = did_you_mean(folder.name, siblings) if siblings else " An expert is a folder; give its path."
+            raise ExpertError(f"{folder} does not exist." + hint)
         if not folder.is_dir():
             raise ExpertError(
                 f"{folder} is a file; an expert is a folder with {CARD} and {TENSORS}. "

@@ -14,6 +14,7 @@ because PEFT drops unknown names without a word.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from svdexpert import __version__
 from svdexpert.basis import weight_of
 from svdexpert.errors import ExportError
 from svdexpert.expert import Expert
@@ -37,6 +39,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _PREFIX = "base_model.model."
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_MARK = "svdexpert_export.json"  # says what was exported, and that the folder is ours to replace
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def export_lora(
             "allow_lossy=True if that is enough. Nothing was written."
         )
     config = _lora_config(model, rank)
-    with _new_folder(Path(folder), overwrite) as temporary:
+    with _new_folder(Path(folder), overwrite, expert) as temporary:
         save_file(tensors, temporary / _TENSORS, {"format": "pt"})
         (temporary / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_lora_readme(expert, rank, share), encoding="utf-8")
@@ -201,7 +204,7 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
             delta = (factors.u_t.T @ core @ factors.v.T).to(weight.device)  # (o i)
             merged = (weight.float() + delta).to(weight.dtype)
         state[f"{name}.weight"] = merged.T.contiguous() if isinstance(module, Conv1D) else merged
-    with _new_folder(Path(folder), overwrite) as temporary:
+    with _new_folder(Path(folder), overwrite, expert) as temporary:
         model.hf.save_pretrained(temporary, state_dict=state)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary)
@@ -209,19 +212,22 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
 
 
 @contextmanager
-def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+def _new_folder(folder: Path, overwrite: bool, expert: Expert) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is a file: choose another place.")
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise ExportError(f"{folder} exists and is not empty: choose another folder, or pass overwrite=True.")
-        if not any((folder / file).is_file() for file in (_CONFIG, "config.json")):
+        if not (folder / _MARK).is_file():
             raise ExportError(
-                f"{folder} holds something else than an export: it is not replaced. Choose another folder."
+                f"{folder} holds something else than an export of svdexpert (there is no {_MARK}): it is not replaced. "
+                "Choose another folder."
             )
     try:
         with whole_folder(folder) as temporary:
             yield temporary
+            mark = {"library_version": __version__, "base": str(expert.key), "expert": expert.skill}
+            (temporary / _MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{folder} cannot be written ({error}); what was there before is intact.") from error
 
@@ -279,11 +285,12 @@ def check_lora(folder: str | Path, model: PreTrainedModel | None = None) -> str:
         import peft
     except ImportError:
         return f"{checked}; PEFT is not installed, so it was not asked"
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model.config)
     try:
-        wrapped = peft.PeftModel(empty, peft.PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
-        result = wrapped.load_adapter(str(folder), "default", low_cpu_mem_usage=True)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; not the reader's concern
+            empty = AutoModelForCausalLM.from_config(model.config)
+            wrapped = peft.PeftModel(empty, peft.PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
+            result = wrapped.load_adapter(str(folder), "default", low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ExportError(f"{folder}: PEFT does not load it into {type(model).__name__}: {error}") from error
     unused, lacking = list(result.unexpected_keys), [name for name in result.missing_keys if "lora_" in name]

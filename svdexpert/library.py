@@ -26,10 +26,15 @@ class Library(MutableMapping[str, Expert]):
 
     Args:
         path: a local folder; it is made when the first expert is added.
+
+    Raises:
+        ExpertError: the path is a file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ExpertError(f"{self.path} is a file; a library is a folder of experts.")
         self._read_only = False
         self._loaded: dict[str, tuple[tuple[tuple[int, int, int], ...], Expert]] = {}
 

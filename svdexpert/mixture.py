@@ -6,6 +6,7 @@ of a batch:        einsum("b e, e n -> b n")      another mixture in every row, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,8 +112,8 @@ class Bank:
         for name, weight in wanted.items():
             if name not in self.names:
                 raise MixtureError(f"There is no expert {name!r}." + did_you_mean(name, self.names))
-            if not abs(weight) < float("inf"):
-                raise MixtureError(f"The weight of {name!r} is {weight}.")
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise MixtureError(f"The weight of {name!r} is {weight!r}; it is a finite number.")
         return [float(wanted.get(name, 0.0)) for name in self.names]
 
 

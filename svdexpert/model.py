@@ -70,6 +70,7 @@ class SpectralModel:
         self._banks: OrderedDict[tuple[tuple[str, int], ...], tuple[Bank, tuple[Expert, ...]]] = OrderedDict()
         self._scales: dict[Core, Tensor] = {}
         self._modules = [hf.get_submodule(name) for name in basis.names]
+        self._dtypes = [cast(Tensor, module.weight).dtype for module in self._modules]
         self._needed_gradient = [(one, one.requires_grad) for one in hf.parameters()]
         self._checkpointing = [m for m in hf.modules() if isinstance(m, GradientCheckpointingLayer | PreTrainedModel)]
         if any(is_adapted(module) for module in self._modules):
@@ -129,13 +130,13 @@ class SpectralModel:
         Raises:
             BasisError: the model cannot be loaded, or not be decomposed as asked.
         """
-        base = str(base)
+        base = check_base(base)
         where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, device_map=device_map, output_loading_info=True, **where
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError, AssertionError, ImportError, RuntimeError) as error:
             raise BasisError(f"{base} cannot be loaded as a causal language model. {error}") from error
         hf, loading = loaded
         try:
@@ -195,6 +196,8 @@ class SpectralModel:
             BasisError: the model cannot be decomposed as asked, or `basis` is that of other weights.
             SvdExpertError: the model is attached already.
         """
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise SvdExpertError(f"tokenizer is a {type(tokenizer).__name__}; a basis goes in basis=...")
         if basis is None:
             basis = decompose(hf, targets, k, support, first_layer, progress=progress)
         else:
@@ -364,6 +367,7 @@ class SpectralModel:
             raise SvdExpertError("This model is detached: attach it again with SpectralModel.attach(model.hf, ...).")
         mixture = self.mixture(experts, library)
         self._capture_checkpoints()
+        self._check_cast()
         if mixture is None:
             with self._scope.entered(None, False, None):
                 yield self
@@ -401,6 +405,16 @@ class SpectralModel:
     def _places(self) -> list[tuple[torch.device, torch.dtype]]:
         factors = [cast(Tensor, module._buffers["_svd_u_t"]) for module in self._modules]
         return [(factor.device, factor.dtype) for factor in factors]
+
+    def _check_cast(self) -> None:
+        """Raise if the weights were rounded after they were attached: experts are not made for those."""
+        for module, before in zip(self._modules, self._dtypes, strict=True):
+            now = cast(Tensor, module._buffers["_svd_v"]).dtype
+            if now is not before and torch.promote_types(before, now) is not now:
+                raise BasisError(
+                    f"The base was cast from {before} to {now} after it was attached, so it has other weights than its "
+                    "basis. Detach it, cast it, and attach it again."
+                )
 
     def _capture_checkpoints(self) -> None:
         """Make gradient checkpointing recompute a layer under the mixture of its forward pass."""
@@ -639,6 +653,22 @@ def _rows(ids: Tensor) -> Tensor:
 
 
 _KINDS = "use an expert, a name, weights by name, None, a sequence of these, a tensor of weights, or a Mixture"
+
+
+def check_base(base: str | Path) -> str:
+    """Return the name of a base; a hub id that does not exist is found out later, a local folder here.
+
+    Raises:
+        BasisError: not a name, or a path where there is no folder.
+    """
+    if not isinstance(base, str | Path):
+        raise BasisError(
+            f"A base is a hub id or a folder, not a {type(base).__name__}. For a model that is already loaded use "
+            "SpectralModel.attach(model, tokenizer)."
+        )
+    if (isinstance(base, Path) or base.startswith((".", "/", "~"))) and not Path(base).is_dir():
+        raise BasisError(f"{base} is not a folder.")
+    return str(base)
 
 
 class _CapturedCheckpoint:

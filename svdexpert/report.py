@@ -22,19 +22,25 @@ def model_table(model: PreTrainedModel) -> Group:
     modules, skipped, depth = adaptable(model)
     title = f"{type(model).__name__}: {depth} layers, {len(modules)} adaptable matrices"
     table = Table()
-    for column in ("matrix", "shape (o, i)", "rank", "count"):
+    for column in ("matrix", "shape (o, i)", "rank", "count", "by default"):
         table.add_column(column, justify="left" if column == "matrix" else "right")
     kinds = Counter((_kind(name), matrix_shape(module)) for name, (module, _) in modules.items())
     for (kind, shape), count in kinds.items():
-        _row(table, kind, f"{shape[0]} x {shape[1]}", str(min(shape)), str(count))
-    return _titled(title, table, _skipped(skipped))
+        adapted = sum(
+            1
+            for name, (module, layer) in modules.items()
+            if layer >= depth // 3 and (_kind(name), matrix_shape(module)) == (kind, shape)
+        )
+        _row(table, kind, f"{shape[0]} x {shape[1]}", str(min(shape)), str(count), str(adapted))
+    note = f"by default experts act from layer {depth // 3} on; " + _skipped(skipped)
+    return _titled(title, table, note)
 
 
 def basis_table(basis: Basis) -> Group:
     """Return what a basis keeps of each kind of matrix, with the range of its singular values."""
     title = f"{basis.key}: {len(basis.names)} matrices, {sum(basis.sizes)} numbers an expert"
     table = Table()
-    for column in ("matrix", "shape (o, i)", "k", "count", "largest s", "smallest kept s"):
+    for column in ("matrix", "shape (o, i)", "k", "count", "s from", "to"):
         table.add_column(column, justify="left" if column == "matrix" else "right")
     kinds: dict[tuple[str, tuple[int, int], int], list[str]] = {}
     for name, one in basis.key.matrices.items():
@@ -147,8 +153,10 @@ def _titled(title: str, table: Table, note: str = "") -> Group:
 
 
 def _kind(name: str) -> str:
-    """The name without the number of its layer: model.layers.7.mlp.up_proj -> model.layers.*.mlp.up_proj."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    """The name within its layer: model.layers.7.mlp.up_proj -> mlp.up_proj."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join("*" if part.isdigit() else part for part in parts[first + 1 :])
 
 
 def _skipped(skipped: Mapping[str, str]) -> str:

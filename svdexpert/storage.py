@@ -56,6 +56,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        _share(temporary)
         if not path.exists():
             os.rename(temporary, path)
             return
@@ -77,6 +78,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def _beside(path: Path, ending: str) -> Path:
     """Return a free name beside a path. (Python's tempfile makes private files, and only a umask can widen them.)"""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{ending}")
+
+
+def _share(folder: Path) -> None:
+    """Give all files the permissions of the user's umask; safetensors writes private ones."""
+    probe = folder / f".{secrets.token_hex(6)}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _exchange(one: Path, other: Path) -> bool:

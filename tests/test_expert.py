@@ -340,6 +340,9 @@ def test_mistakes_with_libraries_are_explained(basis: Basis, tmp_path: Path) -> 
         library.remove("none")
     assert list(library) == ["call", "clarify"]
     assert list(Library(tmp_path / "experst")) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExpertError, match="is a file; a library is a folder"):
+        Library(tmp_path / "file")
 
 
 def test_links_out_of_a_library_are_not_followed(basis: Basis, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_a_lower_rank_is_the_best_one_and_is_declared(attached: Attach, tmp_path
 
 def test_a_folder_in_use_is_kept(model: SpectralModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
+    usual = (tmp_path / "thesis.tex").stat().st_mode & 0o777
     expert = Expert.random(model.basis)
     for write in (export_lora, merge):
         with pytest.raises(ExportError, match="not empty"):
@@ -92,6 +93,7 @@ def test_a_folder_in_use_is_kept(model: SpectralModel, tmp_path: Path) -> None:
             write(expert, model, tmp_path, overwrite=True)
         write(expert, model, tmp_path / write.__name__)
         write(expert, model, tmp_path / write.__name__, overwrite=True)
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / write.__name__).iterdir()} == {usual}
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "export_lora", "merge"}
 
 

@@ -84,12 +84,15 @@ def test_mistakes_are_explained(model: SpectralModel, experts: Experts, ids: Ten
         model.logits(ids, "ask")
     with pytest.raises(MixtureError, match="4 prompts and 2 rows"):
         model.logits(ids, [experts["ask"], None])
-    with pytest.raises(MixtureError, match="weight of 'ask' is nan"):
+    with pytest.raises(MixtureError, match="weight of 'ask' is nan; it is a finite number"):
         model.logits(ids, {"ask": float("nan")}, library=experts)
     with pytest.raises(MixtureError, match=r"shape \(4, 2\)"):
         model.logits(ids, torch.ones(4, 2), library=experts)
     with pytest.raises(MixtureError, match="NaN"):
         model.logits(ids, torch.full((3,), float("nan")), library=experts)
+    for weight in ("1", None, float("inf")):
+        with pytest.raises(MixtureError, match="it is a finite number"):
+            model.logits(ids, {"ask": weight}, library=experts)
     for rows in ([], [None] * 3, [{}, {}]):
         with pytest.raises(MixtureError, match=f"4 prompts and {len(rows)} rows"):
             model.logits(ids, rows)
@@ -206,6 +209,27 @@ def test_factors_follow_the_model(model: SpectralModel, experts: Experts, ids: T
     got = model.logits(ids, experts["ask"])
     assert got.dtype == torch.float64
     torch.testing.assert_close(got.float(), want, atol=1e-5, rtol=0)
+
+
+def test_weights_that_were_rounded_after_attaching_are_refused(attached: Attach, ids: Tensor) -> None:
+    model = attached()
+    expert = Expert.random(model.basis)
+    model.hf.to(torch.bfloat16)
+    with pytest.raises(BasisError, match=r"cast from torch\.float32 to torch\.bfloat16 after it was attached"):
+        model.logits(ids, expert)
+    half = attached(dtype=torch.bfloat16)
+    half.hf.float()  # loses nothing: the same base
+    half.logits(ids, Expert.random(half.basis))
+
+
+def test_a_base_is_a_name_or_a_folder(model: SpectralModel) -> None:
+    with pytest.raises(BasisError, match=r"use SpectralModel\.attach"):
+        SpectralModel.from_pretrained(model.hf)
+    for place in ("./nowhere", Path("nowhere"), "/nowhere/at/all"):
+        with pytest.raises(BasisError, match="is not a folder"):
+            SpectralModel.from_pretrained(place)
+    with pytest.raises(SvdExpertError, match="a basis goes in basis="):
+        SpectralModel.attach(tiny("llama"), model.basis)
 
 
 def test_an_offloaded_model_works(folder_of: Callable[..., Path], tmp_path: Path, ids: Tensor) -> None:
