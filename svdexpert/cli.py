@@ -7,6 +7,7 @@ postponed here (jsonargparse would import everything under TYPE_CHECKING to reso
 
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -242,6 +243,7 @@ def demo(folder: str = "runs/demo") -> None:
     """
     from svdexpert.demo import run
 
+    _quiet_when_piped()
     run(Path(folder))
 
 
@@ -367,6 +369,7 @@ def run_command(components: Any, prog: str, **options: Any) -> None:
                 settings["action"] = ActionYesNo(no_prefix="no_")
             return super().add_argument(*names, **settings)
 
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell one another is not for the user of a command
     try:
         auto_cli(components, prog=prog, parser_class=Parser, **options)
     except (SvdExpertError, OSError) as error:
