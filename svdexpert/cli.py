@@ -205,7 +205,7 @@ def export(
         form: "lora" or "merged".
         rank: of the LoRA, one that vLLM accepts (default: the smallest that is exact).
         allow_lossy: write a LoRA that keeps less than 0.99 of the change.
-        overwrite: replace a folder that has something in it.
+        overwrite: replace an earlier export, with all that is in its folder.
         check: check the LoRA against vLLM's rules, and with PEFT where it is installed.
         calibration: text file that a "sensitivity" basis was made with.
         revision: branch, tag or commit of a hub id.

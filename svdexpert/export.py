@@ -191,8 +191,10 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
     Raises:
         ExportError: a folder in use, a disk that refused, weights offloaded by accelerate.
         MismatchError: the expert does not fit the model.
+        BasisError: the model was cast after it was attached.
     """
     expert.check_on(model.basis)
+    model.check_cast()
     state = model.hf.state_dict()
     if any(one.is_meta for one in state.values()):
         raise ExportError("Some weights are offloaded: load the model without offloading to merge into it.")
@@ -215,6 +217,8 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
 def _new_folder(folder: Path, overwrite: bool, expert: Expert) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is a file: choose another place.")
+    if folder.exists() and folder.resolve() == Path(expert.key.base).resolve():
+        raise ExportError(f"{folder} is the base itself: choose another folder.")
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise ExportError(f"{folder} exists and is not empty: choose another folder, or pass overwrite=True.")

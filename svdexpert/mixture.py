@@ -31,10 +31,12 @@ class Mixture:
     Attributes:
         offsets: fp32, all matrices side by side in the order of the basis.
         core: of the experts that were mixed.
+        basis: that they are for; None, for offsets of one's own, leaves that to the caller.
     """
 
     offsets: Tensor
     core: Core = "diag"
+    basis: Basis | None = None
 
     @property
     def rows(self) -> int | None:
@@ -44,7 +46,7 @@ class Mixture:
         """Return every row `times` times in succession, as Hugging Face expands inputs for beams and sequences."""
         if times == 1 or self.rows is None:
             return self
-        return Mixture(repeat(self.offsets, "b ... n -> (b times) ... n", times=times), self.core)
+        return Mixture(repeat(self.offsets, "b ... n -> (b times) ... n", times=times), self.core, self.basis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +57,13 @@ class Bank:
         names: of the experts (e).
         offsets: fp32 (e n).
         core: of all of them.
+        basis: that they are for.
     """
 
     names: tuple[str, ...]
     offsets: Tensor
-    core: Core = "diag"
+    core: Core
+    basis: Basis
 
     @classmethod
     def of(cls, experts: Mapping[str, Expert], basis: Basis) -> Bank:
@@ -78,7 +82,7 @@ class Bank:
         core = next(iter(experts.values())).core
         for name, expert in experts.items():
             expert.check_on(basis, core, who=name)
-        return cls(tuple(experts), torch.stack([expert.flat(basis) for expert in experts.values()]), core)
+        return cls(tuple(experts), torch.stack([expert.flat(basis) for expert in experts.values()]), core, basis)
 
     def mix(self, weights: Mapping[str, float] | Sequence[Blend] | Tensor) -> Mixture:
         """Return the mixture with these weights.
@@ -103,7 +107,7 @@ class Bank:
             table = torch.tensor(self._row(weights), device=self.offsets.device)
         else:
             table = torch.tensor([self._row(row) for row in weights], device=self.offsets.device)
-        return Mixture(einsum(table, self.offsets, "... e, e n -> ... n"), self.core)
+        return Mixture(einsum(table, self.offsets, "... e, e n -> ... n"), self.core, self.basis)
 
     def _row(self, blend: Blend) -> list[float]:
         if isinstance(blend, Expert):

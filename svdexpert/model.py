@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -262,7 +263,7 @@ class SpectralModel:
             MismatchError: one of them does not fit this model.
         """
         bank = Bank.of(experts, self.basis)
-        return Bank(bank.names, bank.offsets.to(self._places[0][0]), bank.core)
+        return replace(bank, offsets=bank.offsets.to(self._places[0][0]))
 
     def mixture(
         self,
@@ -278,7 +279,7 @@ class SpectralModel:
 
         Raises:
             MixtureError: an unknown name, names without a library, weights that are not finite.
-            MismatchError: an expert does not fit this model.
+            MismatchError: an expert, or the basis of a bank or mixture, does not fit this model.
         """
         if experts is None or (isinstance(experts, Mapping) and not experts):
             return None
@@ -289,6 +290,7 @@ class SpectralModel:
                     f"The mixture has shape {tuple(experts.offsets.shape)}; on this basis it is (n), (b n) or (b t n) "
                     f"with n = {wanted}."
                 )
+            self._check_basis(experts.basis)
             return experts
         if isinstance(experts, Expert):
             experts.check_on(self.basis)
@@ -328,6 +330,7 @@ class SpectralModel:
     def _bank(self, library: Mapping[str, Expert] | Bank | None, rows: Sequence[Blend] | None) -> Bank:
         """Return the bank of a library, or of those of its experts that the rows name; the last few are kept."""
         if isinstance(library, Bank):
+            self._check_basis(library.basis)
             return library
         if library is None:
             raise MixtureError("Experts given by name need library=... (a Library, or experts by name).")
@@ -346,6 +349,12 @@ class SpectralModel:
             while len(self._banks) > 8:
                 self._banks.popitem(last=False)
         return held[0]
+
+    def _check_basis(self, basis: Basis | None) -> None:
+        """Raise unless a bank or mixture was made for this model's basis; the experts in it are no longer at hand."""
+        if basis is None or basis is self.basis:
+            return
+        Expert.zeros(basis).check_on(self.basis, who="the bank or mixture")
 
     @contextmanager
     def using(
@@ -367,7 +376,7 @@ class SpectralModel:
             raise SvdExpertError("This model is detached: attach it again with SpectralModel.attach(model.hf, ...).")
         mixture = self.mixture(experts, library)
         self._capture_checkpoints()
-        self._check_cast()
+        self.check_cast()
         if mixture is None:
             with self._scope.entered(None, False, None):
                 yield self
@@ -406,8 +415,12 @@ class SpectralModel:
         factors = [cast(Tensor, module._buffers["_svd_u_t"]) for module in self._modules]
         return [(factor.device, factor.dtype) for factor in factors]
 
-    def _check_cast(self) -> None:
-        """Raise if the weights were rounded after they were attached: experts are not made for those."""
+    def check_cast(self) -> None:
+        """Raise if the weights were rounded after they were attached: experts are not made for those.
+
+        Raises:
+            BasisError: they were.
+        """
         for module, before in zip(self._modules, self._dtypes, strict=True):
             now = cast(Tensor, module._buffers["_svd_v"]).dtype
             if now is not before and torch.promote_types(before, now) is not now:

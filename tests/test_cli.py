@@ -180,8 +180,14 @@ def test_mistakes_end_with_a_message(run: Run, base: Path, library: Path, tmp_pa
     assert "is not a folder" in run("inspect", "./nowhere", fails=True)
     assert "cannot be loaded" in run("decompose", base, "--dtype", "float99", fails=True)
     export = ("export", base, library / "ask", base, "--form", "merged")
+    assert "is the base itself" in run(*export, fails=True)
+    busy = tmp_path / "busy"
+    tiny("llama", seed=1).save_pretrained(busy)  # an unrelated checkpoint
+    export = ("export", base, library / "ask", busy, "--form", "merged")
     assert "or pass --overwrite" in run(*export, fails=True)
     assert "is not replaced" in run(*export, "--overwrite", fails=True)
+    export = ("export", base, library / "ask", base, "--form", "merged")
+    assert "is the base itself" in run(*export, "--overwrite", fails=True)
     other = tmp_path / "gpt2"
     tiny("gpt2").save_pretrained(other)
     assert f"made for {base}" in run("generate", other, "hi", "--experts", library / "ask", fails=True)

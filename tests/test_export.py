@@ -13,7 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svdexpert import Expert, ExportError, MismatchError, SpectralModel, check_lora, decompose, export_lora, merge
+from svdexpert import (
+    BasisError,
+    Expert,
+    ExportError,
+    MismatchError,
+    SpectralModel,
+    check_lora,
+    decompose,
+    export_lora,
+    merge,
+)
 
 Experts = dict[str, Expert]
 Attach = Callable[..., SpectralModel]
@@ -95,6 +105,22 @@ def test_a_folder_in_use_is_kept(model: SpectralModel, tmp_path: Path) -> None:
         write(expert, model, tmp_path / write.__name__, overwrite=True)
         assert {path.stat().st_mode & 0o777 for path in (tmp_path / write.__name__).iterdir()} == {usual}
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "export_lora", "merge"}
+
+
+def test_a_base_is_not_replaced_even_if_it_was_an_export(attached: Attach, tmp_path: Path) -> None:
+    first = attached()
+    merge(Expert.random(first.basis), first, tmp_path / "merged")
+    model = SpectralModel.from_pretrained(tmp_path / "merged", k=8, progress=False)
+    for write in (merge, export_lora):
+        with pytest.raises(ExportError, match="is the base itself"):
+            write(Expert.random(model.basis), model, tmp_path / "merged", overwrite=True)
+
+
+def test_a_model_that_was_cast_is_not_merged(model: SpectralModel, tmp_path: Path) -> None:
+    model.hf.to(torch.bfloat16)
+    with pytest.raises(BasisError, match="after it was attached"):
+        merge(Expert.random(model.basis), model, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_experts_of_another_base_are_not_exported(model: SpectralModel, tmp_path: Path) -> None:

@@ -563,6 +563,20 @@ def test_a_basis_of_other_weights_is_refused(model: SpectralModel) -> None:
     assert twin.basis is model.basis
 
 
+def test_banks_and_mixtures_of_another_base_are_refused(model: SpectralModel, experts: Experts, ids: Tensor) -> None:
+    bank = model.bank(experts)
+    twin = SpectralModel.attach(tiny("llama"), k=8, progress=False)  # another basis object for the same weights
+    assert torch.equal(twin.logits(ids, "ask", library=bank), model.logits(ids, "ask", library=bank))
+    other = SpectralModel.attach(tiny("llama", seed=1), k=8, progress=False)
+    before = other.logits(ids)
+    with pytest.raises(MismatchError, match="other weights in 14 of 14"):
+        other.logits(ids, "ask", library=bank)
+    for mixture in (bank.mix({"ask": 1.0}), bank.mix(["ask", None, "call", None]).repeated(2)):
+        with pytest.raises(MismatchError, match="other weights in 14 of 14"), other.using(mixture):
+            pass
+    assert torch.equal(other.logits(ids), before)
+
+
 def test_the_factored_form_needs_all_directions() -> None:
     with pytest.raises(BasisError, match='k="full"'):
         SpectralModel.attach(tiny("llama"), k=8, form="factored", progress=False)
