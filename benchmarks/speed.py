@@ -131,8 +131,8 @@ class Cell:
 
     def spectral(self, k: Rank, form: Form = "delta") -> SpectralModel:
         if (k, form) not in self._spectral:
-            # Half the layers of a full decomposition are enough to see that it works.
-            first = self.shape.config.num_hidden_layers // 2 if self.quick and k == "full" else 0
+            # A quarter of the layers of a full decomposition is enough to see that it works.
+            first = self.shape.config.num_hidden_layers * 3 // 4 if self.quick and k == "full" else 0
             self._spectral[k, form] = SpectralModel.attach(
                 self.twin(), k=k, first_layer=first, form=form, progress=False
             )
@@ -305,11 +305,11 @@ def decode(cell: Cell) -> tuple[Figures, Details]:
             stack.enter_context(model.using(bank_of(model, 8).mix(random_weights(16, 8))))
             steps[f"ours_k{k}"] = decoding(model.hf, prompts)
         steps["peft"] = decoding(lambda **inputs: peft(adapter_names=names, **inputs), prompts)
-        timings = interleaved(steps, cell.rounds(41, 5), cell.clock, warm_up=1)
+        timings = interleaved(steps, cell.rounds(41, 3), cell.clock, warm_up=1)
 
         mixing = {str(n): mixing_each_step(model, steps["ours_k64"], n) for n in (2, 64)}
         # One round's ratio has an interquartile range of 0.1: the median of 81 came out between 0.998 and 1.025.
-        banks = interleaved(mixing, cell.rounds(401 if cell.name == MAIN else 81, 5), cell.clock)
+        banks = interleaved(mixing, cell.rounds(401 if cell.name == MAIN else 81, 3), cell.clock)
     figures = {f"decode_mixed16_over_base_k{k}": timings.ratio(f"ours_k{k}", "base") for k in KS}
     figures |= {f"decode_peft16_over_ours_k{k}": timings.ratio("peft", f"ours_k{k}") for k in KS}
     figures["decode_bank64_over_bank2"] = banks.ratio("64", "2")
@@ -346,7 +346,7 @@ def prefill(cell: Cell) -> tuple[Figures, Details]:
         steps[f"rows_k{k}"] = prefilling(cell.spectral(k), inputs, by_row)
         steps[f"tokens_k{k}"] = prefilling(cell.spectral(k), inputs, by_token)
     with torch.inference_mode():
-        timings = interleaved(steps, cell.rounds(9, 3), cell.clock, warm_up=1)
+        timings = interleaved(steps, cell.rounds(9, 2), cell.clock, warm_up=1)
     figures = {
         f"prefill_{w}_over_base_k{k}": timings.ratio(f"{w}_k{k}", "base") for w in ("rows", "tokens") for k in KS
     }
@@ -439,7 +439,7 @@ def train(cell: Cell) -> tuple[Figures, Details]:
     batch = batch_of(cell, rows)
     steps = {f"ours_k{k}": training_ours(cell.spectral(k), batch) for k in KS}
     steps["lora16"] = training_lora(cell.lora(1, like_weights=False), batch)
-    timings = interleaved(steps, cell.rounds(15, 2), cell.clock, warm_up=1)
+    timings = interleaved(steps, cell.rounds(15, 1), cell.clock, warm_up=1)
     figures = {f"train_over_lora16_k{k}": timings.ratio(f"ours_k{k}", "lora16") for k in KS}
     details: dict[str, Any] = {"batch": f"{rows} x 64 tokens", "steps": timings.details()}
     if cell.name != MAIN:
@@ -543,7 +543,7 @@ def export(cell: Cell) -> tuple[Figures, Details]:
             export_lora(mixtures[k], cell.spectral(k), next(free))
 
         ours: dict[str, Step] = {f"ours_k{k}": partial(exporting, k) for k in KS}
-        alone = interleaved(ours, cell.rounds(15, 5), time.perf_counter)
+        alone = interleaved(ours, cell.rounds(15, 3), time.perf_counter)
         figures = {"export_ms": alone.ms("ours_k64"), "export_ms_k16": alone.ms("ours_k16")}
         if cell.name != MAIN:
             return figures, alone.details() | {"left out": "export_peft_over_ours: one conversion takes minutes"}
@@ -600,7 +600,7 @@ def seconds_of_decomposing(name: str, folder: str) -> float:
 def generate(cell: Cell) -> tuple[Figures, Details]:
     """128 greedy tokens in 4 rows, 4 experts mixed in every row, beside routed LoRAs of PEFT: X-LoRA and Arrow."""
     prompts = cell.tokens(4, 16)
-    length = 4 if cell.quick else 128
+    length = 2 if cell.quick else 128
     model = cell.spectral(64)
     mixture = bank_of(model, 4).mix(random_weights(4, 4))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
