@@ -327,9 +327,8 @@ def _empty_model(path: str, revision: str | None) -> "PreTrainedModel":
     from svdexpert.model import check_base
 
     with torch.device("meta"):
-        check_base(path)
         try:
-            config = AutoConfig.from_pretrained(path, revision=revision)
+            config = AutoConfig.from_pretrained(check_base(path), revision=revision)
             return cast("PreTrainedModel", cast(Any, AutoModelForCausalLM).from_config(config))
         except (OSError, ValueError) as error:
             raise BasisError(f"{path} is not a causal language model that transformers knows. {error}") from error

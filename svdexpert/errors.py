@@ -39,6 +39,18 @@ class ExportError(SvdExpertError):
     """An export that would lose something, or that its reader would refuse."""
 
 
+class SkillError(SvdExpertError):
+    """A skill, a case or a tool schema that is not what the protocol asks for."""
+
+
+class WorldError(SvdExpertError):
+    """A world that cannot make what was asked: missing, renamed or truncated files, too few different scenes."""
+
+
+class MeasurementError(SvdExpertError):
+    """A measurement that its numbers do not allow: none at all, lengths that differ, NaN."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" or the list of what exists, to end an error message about an unknown name.
 

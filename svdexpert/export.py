@@ -32,7 +32,7 @@ from svdexpert import __version__
 from svdexpert.basis import weight_of
 from svdexpert.errors import ExportError
 from svdexpert.expert import Expert
-from svdexpert.model import SpectralModel
+from svdexpert.model import HARBOR, SpectralModel, check_base
 from svdexpert.storage import whole_folder
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -151,7 +151,7 @@ def _lora_config(model: SpectralModel, rank: int) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.basis.key.base,
+        "base_model_name_or_path": check_base(HARBOR) if model.basis.key.base == HARBOR else model.basis.key.base,
         "revision": model.basis.key.revision,
         "inference_mode": True,
         "r": rank,

@@ -113,7 +113,7 @@ class SpectralModel:
         """Load a model and its tokenizer, decompose it (once; then from the cache) and attach the basis.
 
         Args:
-            base: hub id or local folder of a causal LM.
+            base: hub id or local folder of a causal LM; "harbor" is the small one that ships with the package.
             revision: branch, tag or commit of a hub id.
             k: directions kept in every matrix, or "full".
             support: "top" or "sensitivity".
@@ -131,7 +131,7 @@ class SpectralModel:
         Raises:
             BasisError: the model cannot be loaded, or not be decomposed as asked.
         """
-        base = check_base(base)
+        name, base = str(base), check_base(base)
         where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -140,6 +140,7 @@ class SpectralModel:
         except (OSError, ValueError, AttributeError, AssertionError, ImportError, RuntimeError) as error:
             raise BasisError(f"{base} cannot be loaded as a causal language model. {error}") from error
         hf, loading = loaded
+        hf.config._name_or_path = name  # "harbor" stays "harbor" in the files of its experts, wherever it is installed
         try:
             tokenizer = AutoTokenizer.from_pretrained(base, **where)
         except (OSError, ValueError):  # a model without tokenizer files still takes token ids
@@ -668,8 +669,11 @@ def _rows(ids: Tensor) -> Tensor:
 _KINDS = "use an expert, a name, weights by name, None, a sequence of these, a tensor of weights, or a Mixture"
 
 
+HARBOR = "harbor"
+
+
 def check_base(base: str | Path) -> str:
-    """Return the name of a base; a hub id that does not exist is found out later, a local folder here.
+    """Return where a base is: a hub id, which may turn out not to exist, or a folder; "harbor" is one of the package's.
 
     Raises:
         BasisError: not a name, or a path where there is no folder.
@@ -679,6 +683,8 @@ def check_base(base: str | Path) -> str:
             f"A base is a hub id or a folder, not a {type(base).__name__}. For a model that is already loaded use "
             "SpectralModel.attach(model, tokenizer)."
         )
+    if base == HARBOR:
+        return str(Path(__file__).parent / HARBOR)
     if (isinstance(base, Path) or base.startswith((".", "/", "~"))) and not Path(base).is_dir():
         raise BasisError(f"{base} is not a folder.")
     return str(base)

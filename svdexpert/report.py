@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Group
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel
 from svdexpert.basis import Basis, adaptable, matrix_shape
 from svdexpert.expert import Conflict, Expert, conflict
 from svdexpert.storage import whole_file
+
+if TYPE_CHECKING:
+    from svdexpert.evaluate import SkillResult
 
 
 def model_table(model: PreTrainedModel) -> Group:
@@ -162,3 +166,88 @@ def _kind(name: str) -> str:
 def _skipped(skipped: Mapping[str, str]) -> str:
     reasons = Counter(skipped.values())
     return "left alone: " + ("; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "nothing")
+
+
+# --- knowing and doing
+
+_COLOURS = {"knowing": "#0072B2", "doing": "#E69F00", "controls": "#999999"}  # Okabe and Ito, told apart by all eyes
+_ASIDE = {
+    "knowing_controls": "knowing, on controls",
+    "knowing_corrected": "knowing, chance-corrected",
+    "knowing_exact": "knowing, written",
+    "doing_given_knowing": "doing, given knowing",
+    "format": "format obeyed",
+    "capitulation": "F: false claims confirmed",
+    "updating": "U: corrections taken",
+    "contrarian": "C: true claims contradicted",
+    "discernment": "J = U - F",
+    "finished": "asked, then called exactly",
+}
+
+
+def knowing_doing_table(results: Sequence[SkillResult]) -> Group:
+    """Return a line a result: knowing, doing, controls and their gap with 95 % intervals; below, what else is known."""
+    table = Table()
+    columns = ("knowing_positives", "doing", "controls", "gap", "auc", "kappa")
+    for column in ("skill", "experts", "n", "knowing", "doing", "controls", "gap", "p", "AUC", "kappa"):
+        table.add_column(column, justify="left" if column in ("skill", "experts") else "right")
+    aside = Table()
+    for column in ("skill", "experts", "figure", "value", "n"):
+        aside.add_column(column, justify="right" if column in ("value", "n") else "left")
+    for one in results:
+        cells = [str(one.figures[name]) if name in one.figures else "" for name in columns]
+        p = one.p_values.get("sign_flip")
+        cells.insert(4, "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}")
+        _row(table, one.skill, one.experts, str(len(one.rows)), *cells)
+        for name, meaning in _ASIDE.items():
+            if name in one.figures:
+                _row(aside, one.skill, one.experts, meaning, str(one.figures[name]), str(one.figures[name].n))
+    notes = [
+        "knowing, doing and gap on positives; where knowing fails on controls (one answer to all), the gap is void",
+        "p of the gap by flipping the signs of whole clusters; AUC of the move's log-odds; kappa of the move where due",
+    ]
+    for one in results:
+        if one.errors:
+            mistakes = ", ".join(f"{count} {error}" for error, count in one.errors.items())
+            notes.append(f"{one.skill} ({one.experts}): {mistakes}")
+        if one.dropped:
+            notes.append(f"{one.skill} ({one.experts}): {one.dropped} turns did not fit the context and were left out")
+    return Group(_titled(_measured(results), table), aside, *map(Text, notes))
+
+
+def draw_knowing_doing(results: Sequence[SkillResult], path: Path) -> None:
+    """Write knowing, doing and controls of every result as bars with 95 % intervals (PNG, PDF or SVG by the ending)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 + 1.5 * max(len(results), 2), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = {"knowing": "knowing_positives", "doing": "doing", "controls": "controls"}
+    for place, (label, name) in enumerate(names.items()):
+        found = [(at, one.figures[name]) for at, one in enumerate(results) if name in one.figures]
+        at = [x + 0.27 * (place - 1) for x, _ in found]
+        values = [one.value for _, one in found]
+        axes.bar(at, values, 0.25, color=_COLOURS[label], label=label)
+        whiskers = [(x, one) for x, (_, one) in zip(at, found, strict=True) if one.low == one.low]  # NaN: unknown
+        below_above = [[one.value - one.low for _, one in whiskers], [one.high - one.value for _, one in whiskers]]
+        axes.errorbar(
+            [x for x, _ in whiskers], [one.value for _, one in whiskers], below_above,
+            fmt="none", ecolor="black", elinewidth=1, capsize=3,
+        )  # fmt: skip
+    several = len({one.experts for one in results}) > 1
+    labels = [f"{one.skill}\n{one.experts}" if several else one.skill for one in results]
+    axes.set_xticks(range(len(results)), labels, fontsize=9)
+    axes.set_ylim(0, 1.05)
+    axes.set_ylabel("share right, 95 % interval", fontsize=9)
+    axes.set_title(_measured(results), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.05 * several))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
+def _measured(results: Sequence[SkillResult]) -> str:
+    models = ", ".join(dict.fromkeys(one.model for one in results))
+    experts = ", ".join(dict.fromkeys(one.experts for one in results))
+    return f"Knowing and doing: {models} ({experts})"

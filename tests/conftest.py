@@ -15,10 +15,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from svdexpert import Expert, SpectralModel
+
+settings.register_profile("no-deadline", deadline=None)  # a busy machine is no failure
+settings.load_profile("no-deadline")
 
 _SMALL = {
     "vocab_size": 96,

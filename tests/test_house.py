@@ -17,10 +17,13 @@ import svdexpert
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svdexpert"
 
-# Imports point down this list only.
+# Imports point down this list only. A room (a folder) stands as one: its entries import its protocol, never a sibling.
 ORDER = [
     "errors",
     "storage",
+    "reply",
+    "worlds",
+    "skills",
     "basis",
     "expert",
     "library",
@@ -28,12 +31,23 @@ ORDER = [
     "mixture",
     "model",
     "export",
+    "statistics",
+    "conversation",
+    "evaluate",
     "report",
     "demo",
     "cli",
 ]
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+MODULES = sorted([*ROOMS, *(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")])
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def dotted(path: Path) -> str:
+    """Return the name of a file's module below the package: `basis`, `skills`, `skills.clarify`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path: Path) -> set[str]:
@@ -56,18 +70,28 @@ def test_every_module_has_its_place() -> None:
     assert sorted(ORDER) == MODULES
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down(name: str) -> None:
-    below = set(ORDER[: ORDER.index(name)])
-    assert imported(PACKAGE / f"{name}.py") <= below
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_imports_point_down(path: Path) -> None:
+    unit, _, entry = dotted(path).partition(".")
+    below = set(ORDER[: ORDER.index(unit)])
+    assert imported(path) <= (below | {unit} if entry else below)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_say_what_they_are_and_doctests_run(name: str) -> None:
+@pytest.mark.parametrize("path", [path for path in FILES if "." in dotted(path)], ids=dotted)
+def test_entries_of_a_room_do_not_import_one_another(path: Path) -> None:
+    room = dotted(path).partition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.module.startswith(f"svdexpert.{room}."), node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_modules_say_what_they_are_and_doctests_run(path: Path) -> None:
+    name = dotted(path)
     module = importlib.import_module(f"svdexpert.{name}")
     assert module.__doc__
     assert doctest.testmod(module).failed == 0
-    for node in ast.parse((PACKAGE / f"{name}.py").read_text()).body:
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
 

@@ -1,0 +1,377 @@
+"""Conversations as tokens, and what a model says to them: continuations scored, replies decoded greedily.
+
+Every prompt is computed once: its cache is forked for the continuations and then kept for the reply. Rows are sorted by
+length and padded on the left. The decoding is plain argmax: sampling settings and penalties of a checkpoint's
+generation config do not apply. Older turns of a conversation that is too long are dropped whole, and counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from svdexpert.errors import MixtureError, SvdExpertError
+from svdexpert.layers import device_of
+from svdexpert.model import SpectralModel
+from svdexpert.reply import CLOSE, OPEN
+from svdexpert.worlds import Message, Tool, assistant, user
+
+PREFILL_TOKENS = 4096
+"""Prompt tokens in one forward pass; what 32 rows of 250 tokens need at once no longer fits a CPU's cache."""
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+    """Return the prompt's token ids, up to where the assistant speaks; templates that can think are told not to.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation.
+        tools: JSON schemas.
+
+    Raises:
+        SvdExpertError: there is no chat template, or it refuses the conversation.
+    """
+    encoded = _templated(tokenizer, messages, tools, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def fit(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    room: int,
+    *,
+    context: int | None,
+) -> tuple[tuple[Message, ...], int]:
+    """Return a conversation whose prompt fits, and how many of its oldest turns had to go.
+
+    A turn is a user's message and all that follows up to the next one, so that a function's result never loses its
+    call. System messages and the last turn always stay.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation.
+        tools: JSON schemas, which count too.
+        room: tokens kept free for the reply.
+        context: tokens of the model; None where it has no limit. See `context_of`.
+
+    Raises:
+        SvdExpertError: the last turn alone does not fit, or there is no chat template.
+    """
+    return _fitted(tokenizer, messages, tools, room, context)[:2]
+
+
+def context_of(model: SpectralModel) -> int | None:
+    """Return how many tokens a model takes, None where neither its config nor its tokenizer says."""
+    limits = [getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)]
+    limits.append(getattr(model.tokenizer, "model_max_length", None))
+    return min((int(one) for one in limits if isinstance(one, int | float) and 0 < one < 1e9), default=None)
+
+
+def _fitted(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    room: int,
+    context: int | None,
+) -> tuple[tuple[Message, ...], int, list[int]]:
+    """Return the messages that stay, how many turns went, and the ids."""
+    starts = [place for place, one in enumerate(messages) if one["role"] == "user"] or [0]
+    if any(one["role"] not in ("system", "developer") for one in messages[: starts[0]]):
+        starts.insert(0, 0)  # an assistant who speaks first
+    for dropped, start in enumerate(starts):
+        system = [one for one in messages[:start] if one["role"] in ("system", "developer")] if dropped else []
+        kept = (*system, *messages[start:]) if dropped else tuple(messages)
+        ids = render(tokenizer, kept, tools)
+        if context is None or len(ids) + room <= context:
+            return kept, dropped, ids
+    raise SvdExpertError(
+        f"A conversation does not fit the model: its last turn takes {len(ids)} tokens, with {room} for the reply "
+        f"{len(ids) + room}, and the model has {context}. Use a model with a longer context, fewer tools, or fewer new "
+        "tokens."
+    )
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool], **how: Any
+) -> Any:
+    from jinja2.exceptions import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise SvdExpertError(
+            "The tokenizer has no chat template, so conversations cannot be written. Pass one: set "
+            "model.tokenizer.chat_template to the Jinja text that the model was trained with (on the hub it is "
+            "chat_template.jinja, or a field of tokenizer_config.json)."
+        )
+    try:
+        return tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, enable_thinking=False, **how)
+    except TemplateError as error:
+        roles = ", ".join(str(one["role"]) for one in messages)
+        raise SvdExpertError(f"The chat template refuses a conversation of the roles {roles}: {error}") from error
+
+
+def tokenizer_of(model: SpectralModel) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer, SvdExpertError where it has none."""
+    if model.tokenizer is None:
+        raise SvdExpertError("This model has no tokenizer: attach it with SpectralModel.attach(hf, tokenizer).")
+    return model.tokenizer
+
+
+def turn_ends(model: SpectralModel) -> tuple[int, set[int]]:
+    """Return the token that ends a turn, as the template writes it, and all that end generation."""
+    tokenizer = tokenizer_of(model)
+    configured: Any = model.hf.generation_config.eos_token_id if model.hf.generation_config else None
+    known = [configured] if isinstance(configured, int) else list(configured or ())
+    if isinstance(tokenizer.eos_token_id, int):
+        known.append(tokenizer.eos_token_id)
+    text = _templated(tokenizer, [user("Hi"), assistant("Zebra")], (), tokenize=False)
+    after: list[int] = tokenizer(text.rpartition("Zebra")[2], add_special_tokens=False)["input_ids"]
+    special = {*known, *tokenizer.all_special_ids}
+    end = next((one for one in after if one in special), None)
+    end = (known[-1] if known else None) if end is None else end
+    if end is None:
+        raise SvdExpertError(
+            "Neither the chat template nor the tokenizer says how a turn ends: set tokenizer.eos_token."
+        )
+    return end, {end, *known}
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return a reply as text, without special tokens but with the marks of calls, special or not."""
+    marks = {OPEN, CLOSE, "[TOOL_CALLS]"}
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    hidden = set(tokenizer.all_special_ids)
+    kept = [one for one, token in zip(ids, tokens, strict=True) if one not in hidden or token in marks]
+    return str(tokenizer.decode(kept, clean_up_tokenization_spaces=False)).strip()
+
+
+def prompt_of(
+    model: SpectralModel,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    continuations: list[list[int]],
+    room: int,
+) -> Prompt:
+    """Return what is asked of a conversation, fitted to the model's context. For errors see `fit`."""
+    wanted = max([room, *map(len, continuations)])
+    _, dropped, ids = _fitted(tokenizer_of(model), messages, tools, wanted, context_of(model))
+    return Prompt(ids, continuations, room, dropped)
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of what could follow a prompt, at least one."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise SvdExpertError(f"{text!r} has no tokens, so it has no log-probability.")
+    return ids
+
+
+# --- the engine: every prompt once, its cache forked for continuations, then kept for the reply
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Log-probabilities of the tokens of every continuation, and the reply's ids."""
+
+    scores: list[list[float]]
+    reply: list[int]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for the tokens to come; the plain one copies all it holds at every token.
+
+    At 32 rows of 250 tokens that copying took nine tenths of a step of a 7 M-parameter model on a CPU.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.buffers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        new = (key_states, value_states)
+        if not self.buffers or self.buffers[0].shape[-2] < end:
+            b, heads = key_states.shape[:2]
+            self.buffers = [one.new_empty(b, heads, end + self.room, one.shape[-1]) for one in new]
+            for buffer, held in zip(self.buffers, (self.keys, self.values), strict=True):
+                if start:
+                    buffer[:, :, :start] = cast(Tensor, held)
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[:, :, start:end] = states
+        keys, values = (buffer[:, :, :end] for buffer in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = []
+
+
+@dataclass
+class Forward:
+    """A model that is fed ids (b t) behind a cache, with padding masked and positions counted from the first token."""
+
+    hf: PreTrainedModel
+
+    def __post_init__(self) -> None:
+        self.takes = inspect.signature(self.hf.forward).parameters.keys()
+        self.device = device_of(self.hf.get_input_embeddings())
+
+    def cache(self, room: int) -> Cache:
+        cache = DynamicCache(config=self.hf.config)
+        cache.layers = [_RoomyLayer(room) if type(one) is DynamicLayer else one for one in cache.layers]
+        return cache
+
+    def fork(self, cache: Cache, rows: Tensor, room: int) -> Cache:
+        """Return a cache of these rows, in this order, that grows apart from the first."""
+        forked = copy.copy(cache)
+        forked.layers = [copy.copy(layer) for layer in cache.layers]  # selecting rows replaces their tensors
+        forked.batch_select_indices(rows)
+        for layer in forked.layers:
+            if isinstance(layer, _RoomyLayer):
+                layer.room = room
+        return forked
+
+    def __call__(self, ids: Tensor, mask: Tensor, cache: Cache, *, last: bool = False) -> Tensor:
+        """Return log-probabilities (b t v), fp32, those of the last place only if `last`."""
+        output = self._run(ids, mask, last, past_key_values=cache, use_cache=True)
+        logits: Tensor = output.logits[:, -1:] if last else output.logits
+        return logits.float().log_softmax(-1)
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the hidden states (b t width) of the embeddings and of every layer."""
+        states = self._run(ids, mask, True, use_cache=False, output_hidden_states=True).hidden_states
+        return cast(tuple[Tensor, ...], states)
+
+    def _run(self, ids: Tensor, mask: Tensor, last: bool, **how: Any) -> Any:
+        if "position_ids" in self.takes:
+            how["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if last and "logits_to_keep" in self.takes:
+            how["logits_to_keep"] = 1
+        return cast(Any, self.hf)(input_ids=ids, attention_mask=mask, **how)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked of one conversation: ids, continuations to score, tokens that the reply may take."""
+
+    ids: list[int]
+    continuations: list[list[int]]
+    room: int
+    dropped: int = 0
+
+
+def answers(
+    model: SpectralModel, prompts: Sequence[Prompt], ends: set[int], doing: str, *, batch_size: int, progress: bool
+) -> list[Answer]:
+    """Return an answer to every prompt, in their order."""
+    if batch_size < 1:
+        raise SvdExpertError(f"batch_size is {batch_size}: expected at least 1.")
+    if model._scope.mixture is not None and model._scope.mixture.rows is not None:
+        raise MixtureError("An evaluation forms its own batches: put one mixture for all rows in force, not one a row.")
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    forward = Forward(model.hf)
+    found: dict[int, Answer] = {}
+    with torch.inference_mode():
+        for batch in watch(batches, doing, progress):
+            found.update(
+                zip(batch, _batch(forward, [prompts[place] for place in batch], ends, batch_size), strict=True)
+            )
+    return [found[place] for place in range(len(prompts))]
+
+
+def _batch(forward: Forward, prompts: Sequence[Prompt], ends: set[int], batch_size: int) -> list[Answer]:
+    ids, mask = left_padded([prompt.ids for prompt in prompts], forward.device)
+    cache = forward.cache(ids.shape[1] + max(prompt.room for prompt in prompts))
+    width = max(1, PREFILL_TOKENS // len(prompts))
+    for start in range(0, ids.shape[1], width):
+        piece = slice(start, start + width)
+        first = forward(ids[:, piece], mask[:, : piece.stop], cache, last=True)[:, 0]  # (b v)
+    scores: list[list[list[float]]] = [[[] for _ in prompt.continuations] for prompt in prompts]
+    pieces = [(row, slot) for row, prompt in enumerate(prompts) for slot in range(len(prompt.continuations))]
+    pieces.sort(key=lambda piece: len(prompts[piece[0]].continuations[piece[1]]))
+    for start in range(0, len(pieces), batch_size):
+        some = pieces[start : start + batch_size]
+        tails = [prompts[row].continuations[slot] for row, slot in some]
+        found = _scores(forward, first, mask, cache, [row for row, _ in some], tails)
+        for (row, slot), tokens in zip(some, found, strict=True):
+            scores[row][slot] = tokens
+    replies = _greedy(forward, first, mask, cache, ends, [prompt.room for prompt in prompts])
+    return [Answer(tokens, reply) for tokens, reply in zip(scores, replies, strict=True)]
+
+
+def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (b t), padded on the left; what stands in the padding is masked."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+def _scores(
+    forward: Forward, first: Tensor, mask: Tensor, cache: Cache, rows: list[int], tails: list[list[int]]
+) -> list[list[float]]:
+    """Return the log-probability of every token of every continuation of a row; the cache stays as it is."""
+    longest = max(map(len, tails))
+    index = torch.tensor(rows, device=forward.device)
+    ids = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails], device=forward.device)  # (b t)
+    logprobs = first[index][:, None]  # (b 1 v)
+    if longest > 1:
+        there = torch.tensor([[place < len(tail) for place in range(longest - 1)] for tail in tails])
+        behind = torch.cat([mask[index], there.to(mask)], -1)
+        later = forward(ids[:, :-1], behind, forward.fork(cache, index, 0))
+        logprobs = torch.cat([logprobs, later], 1)
+    found: list[list[float]] = logprobs.gather(-1, ids[..., None]).squeeze(-1).tolist()
+    return [one[: len(tail)] for one, tail in zip(found, tails, strict=True)]
+
+
+def _greedy(
+    forward: Forward, logprobs: Tensor, mask: Tensor, cache: Cache, ends: set[int], rooms: list[int]
+) -> list[list[int]]:
+    """Return the reply of every row, without the token that ends it; the cache is used up.
+
+    Rows that have ended leave the batch once they are half of it: moving the rest costs a copy of their cache.
+    """
+    replies: list[list[int]] = [[] for _ in rooms]
+    places = list(range(len(rooms)))  # the row at each place of the batch
+    going = {row for row, room in enumerate(rooms) if room}
+    while going:
+        tokens = logprobs.argmax(-1)  # (b)
+        for row, token in zip(places, tokens.tolist(), strict=True):
+            if row in going and token not in ends:
+                replies[row].append(token)
+            if token in ends or len(replies[row]) >= rooms[row]:
+                going.discard(row)
+        if not going:
+            break
+        kept = [place for place, row in enumerate(places) if row in going]
+        if 2 * len(kept) <= len(places):
+            index = torch.tensor(kept, device=forward.device)
+            room = max(rooms[row] - len(replies[row]) for row in going)
+            cache, mask, tokens = forward.fork(cache, index, room), mask[index], tokens[index]
+            places = [places[place] for place in kept]
+        mask = torch.cat([mask, mask.new_ones(len(places), 1)], -1)
+        logprobs = forward(tokens[:, None], mask, cache)[:, 0]
+    return replies
+
+
+def watch(batches: Sequence[list[int]], doing: str, progress: bool) -> Iterator[list[int]]:
+    """Yield batches behind a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import track
+
+    idle = not progress or not batches
+    yield from track(batches, doing, console=Console(stderr=True), disable=idle, transient=True)
