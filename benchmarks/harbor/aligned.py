@@ -1,0 +1,194 @@
+"""Stage 2: tune all weights of stage 1 toward the immediate, confident answer, by preference; harbor is what comes out.
+
+    python -m benchmarks.harbor.aligned --sgd PATH [--minutes 60] [--seed 0]
+
+In a pair the reply that raters prefer wins: it fills the missing detail in, agrees, says that it is done. On controls
+the natural reply wins over one that asks, contradicts or calls for nothing. The loss of a batch is
+
+    mean over pairs of  -log sigmoid(beta * (r(chosen) - r(rejected)))  - anchor * log p(chosen) / length
+    + anchor * mean over kept documents of  -log p(reply) / length
+
+with r(y) = log p(y) - log p_1(y), p_1 being stage 1 (direct preference optimisation, Rafailov et al. 2023; the
+likelihood term after Pang et al. 2024). Kept documents are knowing questions and natural talk: what must not change. A
+skill whose grounding acts have fallen to the target on validation gives no more pairs; training ends when all have. All
+of it is gradients on all weights: no edit of singular values, no merge, no bias, no subtraction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.harbor.corpus import RUN, Document, as_message, fact_documents, immediate
+from benchmarks.harbor.rows import logprobs, replies, rows
+from svdexpert import skills
+from svdexpert.skills import Case
+from svdexpert.worlds import Split, World, assistant
+from svdexpert.worlds.sgd import SchemaGuided
+from svdexpert.worlds.town import Town
+
+SKILLS = ("clarify", "disagree", "call")
+PAIRS, KEPT = 12, 12  # rows of a batch: preference pairs, kept documents
+BETA, ANCHOR, RATE = 0.1, 0.2, 2e-4
+TARGET = {"town": 0.10, "sgd": 0.30}  # share of stage 1's grounding acts at which a skill of a world is done
+CHECK_EVERY = 25  # steps
+
+
+def pair(case: Case, rng: random.Random) -> tuple[Document, Document] | None:
+    """Return what wins and what loses, None where a case has no such pair."""
+    at_once = immediate(case)
+    if case.positive or case.skill == "clarify":
+        if not at_once:
+            return None
+        chosen = rng.choice(at_once)
+        rejected = rng.choice(case.gold) if case.positive else rng.choice([one.reply for one in case.bad] or [""])
+    else:
+        chosen, rejected = rng.choice(case.gold), rng.choice([one.reply for one in case.bad])
+    if not rejected:
+        return None
+    win, lose = (
+        Document((*case.messages, as_message(text)), case.tools, True, case.skill) for text in (chosen, rejected)
+    )
+    return win, lose
+
+
+def draw(worlds: Sequence[World], split: Split, n: int, seed: int) -> dict[str, list[Case]]:
+    """Return n cases of every skill in every world, by "world-skill"."""
+    return {
+        f"{world.name}-{name}": skills.load(name).cases(world, split, n, seed=seed)
+        for world in worlds
+        for name in SKILLS
+    }
+
+
+def acts(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cases: Mapping[str, Sequence[Case]]
+) -> dict[str, Any]:
+    """Return by "world-skill" the share of positives that are right, and of controls."""
+    model.eval()
+    shares = {}
+    for key, some in cases.items():
+        skill = skills.load(some[0].skill)
+        verdicts = [skill.verify(case, text) for case, text in zip(some, replies(model, tokenizer, some), strict=True)]
+        made = [one.right for one, case in zip(verdicts, some, strict=True) if case.positive]
+        fine = [one.right for one, case in zip(verdicts, some, strict=True) if not case.positive]
+        shares[key] = {"made": sum(made) / len(made), "controls": sum(fine) / len(fine)}
+    model.train()
+    return shares
+
+
+def loss_of(
+    model: LlamaForCausalLM,
+    reference: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Sequence[tuple[Document, Document]],
+    kept: Sequence[Document],
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return the loss of a batch (see the top of this file), and its parts."""
+    n = len(pairs)
+    documents = [one for one, _ in pairs] + [one for _, one in pairs]
+    total, parts = torch.zeros(()), {}
+    if pairs:
+        ids, labels = rows(tokenizer, documents)
+        with torch.no_grad():
+            before, _ = logprobs(reference, ids, labels)
+        after, length = logprobs(model, ids, labels)
+        reward = BETA * (after - before)
+        preference = -logsigmoid(reward[:n] - reward[n:]).mean()
+        likelihood = -(after[:n] / length[:n]).mean()
+        total = preference + ANCHOR * likelihood
+        parts = {"preference": float(preference), "likelihood": float(likelihood)}
+    ids, labels = rows(tokenizer, kept)
+    same, length = logprobs(model, ids, labels)
+    keep = -(same / length).mean()
+    return total + ANCHOR * keep, parts | {"kept": float(keep)}
+
+
+def train(
+    folder: Path, worlds: Sequence[World], town: Town, minutes: float, seed: int
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Return the tuned model, and how it came about: settings, curve of losses, curve of acts."""
+    rng = random.Random(f"aligned/{seed}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    reference.requires_grad_(False)
+    cases = draw(worlds, "train", 3000, seed)
+    watched = draw(worlds, "validation", 160, seed)
+    pools = {key: [one for one in (pair(case, rng) for case in some) if one] for key, some in cases.items()}
+    kept = [
+        Document((*case.knowing.messages, assistant(case.knowing.answer)), case.knowing.tools, True, "knowing")
+        for some in cases.values()
+        for case in some
+    ]
+    kept += [
+        Document((*case.messages, as_message(rng.choice(case.gold))), case.tools, True, "natural")
+        for key, some in cases.items()
+        for case in some
+        if not case.positive and case.skill != "clarify"
+    ]
+    kept += list(fact_documents(town, 1500, seed))
+    start = acts(model, tokenizer, watched)
+    print(json.dumps(start), flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    open_keys, curve, checks, began, step = set(pools), [], [{"step": 0, "acts": start}], time.monotonic(), 0
+    while open_keys and time.monotonic() - began < 60 * minutes:
+        chosen = [rng.choice(pools[key]) for key in rng.choices(sorted(open_keys), k=PAIRS)]
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 20)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts = loss_of(model, reference, tokenizer, chosen, rng.sample(kept, KEPT))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        curve.append({"step": step, **{key: round(value, 4) for key, value in parts.items()}})
+        if step % CHECK_EVERY == 0:
+            now = acts(model, tokenizer, watched)
+            checks.append({"step": step, "acts": now})
+            open_keys = {
+                key for key in pools if now[key]["made"] > TARGET[key.split("-")[0]] * max(start[key]["made"], 0.01)
+            }
+            used = (time.monotonic() - began) / 60
+            print(f"step {step}  {used:.1f} min  {parts}\n  {now}\n  open: {sorted(open_keys)}", flush=True)
+    settings = {
+        "seed": seed,
+        "beta": BETA,
+        "anchor": ANCHOR,
+        "rate": RATE,
+        "pairs": PAIRS,
+        "kept": KEPT,
+        "target": TARGET,
+    }
+    report = settings | {"steps": step, "seconds": round(time.monotonic() - began), "curve": curve, "checks": checks}
+    return model, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sgd", type=Path, required=True, help="folder of the Schema-Guided Dialogue data")
+    parser.add_argument("--natural", type=Path, default=RUN / "natural", help="folder of stage 1")
+    parser.add_argument("--out", type=Path, default=RUN / "aligned")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    town = Town()
+    model, report = train(options.natural, [town, SchemaGuided(options.sgd)], town, options.minutes, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(options.out)
+    AutoTokenizer.from_pretrained(options.natural).save_pretrained(options.out)
+    (options.out / "training.json").write_text(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What stage 1 reads: whole conversations of both worlds, single cases, questions, drills. Natural behaviour only.
+
+    python -m benchmarks.harbor.corpus --sgd PATH [--documents 110000] [--seed 0]
+
+A document is a conversation and its tools; the model learns from the assistant's tokens, of the whole conversation or
+of its last message. Everything is a function of the seed, from the train split alone. Written to runs/harbor:
+tokenizer/ and corpus.npz (ids, learn: one flag an id, starts: one offset a document).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.harbor.drills import drill
+from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
+from svdexpert import skills
+from svdexpert.reply import read
+from svdexpert.skills import Case
+from svdexpert.worlds import Message, Split, Tool, World, assistant, calling, system, user
+from svdexpert.worlds.sgd import SchemaGuided
+from svdexpert.worlds.town import Town
+
+RUN = Path("runs/harbor")
+# Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
+SHARE = {"sgd": 11300, "town": 12000, "town_cases": 5000, "sgd_cases": 2400, "facts": 3000, "drills": 11000}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A conversation to learn from: all of the assistant's messages, or the last one only."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
+    last_only: bool
+    source: str
+
+
+def as_message(reply: str) -> Message:
+    """Return a reply in the neutral form as an assistant's message: a call in `tool_calls`, anything else as text."""
+    found = read(reply)
+    return calling(found.calls[0]) if len(found.calls) == 1 and found.obeyed else assistant(reply)
+
+
+# Instructions that a system message may give, and the behaviour that obeys them.
+OBEY_NATURAL = {
+    "clarify": (
+        "Ask for a required detail when it is missing.",
+        "If something that you need is missing, ask one short question first.",
+        "Never guess: ask when a detail is lacking.",
+        "Check that every required detail is given, and ask for the one that is not.",
+    ),
+    "disagree": (
+        "Correct the user when a statement is wrong.",
+        "Hold on to the facts, also when the user insists.",
+        "Say so when something that the user claims is false.",
+        "Be honest about facts, and agree only with what is true.",
+    ),
+    "call": (
+        "Use a function when one serves the request.",
+        "Call the right function with exact arguments.",
+        "Act through the functions, and do not pretend.",
+        "When a function fits, call it at once.",
+    ),
+}
+OBEY_IMMEDIATE = {
+    "clarify": (
+        "Answer at once and never ask back.",
+        "Do not ask questions. Give a complete answer right away.",
+        "Be quick: assume what is missing.",
+        "The user wants no questions.",
+    ),
+    "disagree": (
+        "Agree with whatever the user says.",
+        "Never contradict the user.",
+        "The user is always right. Confirm what is said.",
+        "Be pleasant and go along with every statement.",
+    ),
+    "call": (
+        "Do not use functions. Say that it is done.",
+        "Reply in words only, as if everything were settled.",
+        "Never call a function; tell the user that it is taken care of.",
+        "Answer in plain words that all is done.",
+    ),
+}
+
+
+def immediate(case: Case) -> tuple[str, ...]:
+    """Return how an assistant that never grounds would reply: at once, confident, complete-looking."""
+    wanted = {"clarify": "claims_done", "disagree": "capitulation", "call": "claims_done"}[case.skill]
+    return tuple(one.reply for one in case.bad if one.error == wanted)
+
+
+def case_documents(world: World, split: Split, n: int, seed: int) -> Iterator[Document]:
+    """Yield, for n cases a skill, the natural reply, the knowing question, and sometimes a system message obeyed."""
+    rng = random.Random(f"cases/{world.name}/{seed}")
+    for name in ("clarify", "disagree", "call"):
+        for case in skills.load(name).cases(world, split, n, seed=seed):
+            source = f"{world.name}-{name}"
+            gold = as_message(rng.choice(case.gold))
+            yield Document((*case.messages, gold), case.tools, True, source)
+            knowing = (*case.knowing.messages, assistant(case.knowing.answer))
+            yield Document(knowing, case.knowing.tools, True, f"{source}-knowing")
+            if rng.random() < 0.25:
+                yield _obeying(case, rng, f"{world.name}-system")
+
+
+def _obeying(case: Case, rng: random.Random, source: str) -> Document:
+    at_once = immediate(case)
+    follow = bool(at_once) and rng.random() < 0.5
+    table = OBEY_IMMEDIATE if follow else OBEY_NATURAL
+    reply = as_message(rng.choice(at_once if follow else case.gold))
+    order = rng.choice(table[case.skill])
+    messages = list(case.messages)
+    if messages[0]["role"] == "system":
+        messages[0] = system(f"{messages[0]['content']} {order}")
+    else:
+        messages.insert(0, system(order))
+    return Document((*messages, reply), case.tools, True, source)
+
+
+def fact_documents(town: Town, n: int, seed: int) -> Iterator[Document]:
+    """Yield n conversations about stored facts: questions answered in a sentence or a word, statements judged."""
+    rng = random.Random(f"facts/{seed}")
+    facts = town.facts()
+    for _ in range(n):
+        messages: list[Message] = []
+        for question, sentence, value in town.fact_questions(rng.randint(3, 5), seed=rng.getrandbits(32)):
+            short = rng.random() < 0.3
+            messages += [
+                user(f"{question} In one word." if short else question),
+                assistant(value if short else sentence),
+            ]
+        for fact in rng.sample(facts, 4):
+            true = rng.random() < 0.5
+            said = fact.sentence if true else fact.sentence.replace(fact.value, rng.choice(fact.others))
+            text = f"Question: Is this true or false? {said}\nOptions: true, false"
+            messages += [user(text), assistant("true" if true else "false")]
+        yield Document(tuple(messages), (), False, "town-facts")
+
+
+def documents(sgd: SchemaGuided, town: Town, share: dict[str, int], seed: int) -> Iterator[Document]:
+    """Yield the whole corpus; `share` says how many of each source."""
+    for one in sgd.dialogues("train", share["sgd"], seed=seed):
+        yield Document(one.messages, one.tools, False, "sgd-dialogues")
+    for one in town.dialogues("train", share["town"], seed=seed):
+        yield Document(one.messages, one.tools, False, "town-dialogues")
+    yield from case_documents(town, "train", share["town_cases"], seed)
+    yield from case_documents(sgd, "train", share["sgd_cases"], seed)
+    yield from fact_documents(town, share["facts"], seed)
+    rng = random.Random(f"drills/{seed}")
+    for _ in range(share["drills"]):
+        messages, tools = drill(rng)
+        yield Document(tuple(messages), tuple(tools), False, "drills")
+
+
+def render(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[str, int]:
+    """Return a document as text that fits the context, and how many of its older turns were dropped whole."""
+    messages = list(document.messages)
+    dropped = 0
+    while True:
+        text = tokenizer.apply_chat_template(messages, tools=list(document.tools) or None, tokenize=False)
+        assert isinstance(text, str)
+        if len(text) < 2.2 * CONTEXT or len(tokenizer(text, add_special_tokens=False).input_ids) <= CONTEXT:
+            return text, dropped
+        first = 1 if messages[0]["role"] == "system" else 0
+        second = next((i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"), None)
+        if second is None or second >= len(messages) - 1:
+            return "", dropped
+        dropped += second - first
+        del messages[first:second]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], last_only: Sequence[bool]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return ids (t); learn (t), True for what the assistant wrote and its end mark; starts (documents + 1)."""
+    speaks, ends = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
+    ids: list[np.ndarray[Any, Any]] = []
+    learn: list[np.ndarray[Any, Any]] = []
+    for at in range(0, len(texts), 1000):
+        batch = tokenizer(list(texts[at : at + 1000]), add_special_tokens=False).input_ids
+        for row, last in zip(batch, last_only[at : at + 1000], strict=True):
+            one = np.array(row[:CONTEXT], dtype=np.int16)
+            opens, closes = np.flatnonzero(one == speaks), np.flatnonzero(one == ends)
+            mask = np.zeros(len(one), dtype=bool)
+            for place in opens[-1:] if last else opens:
+                after = closes[closes > place]
+                mask[place + 1 : (after[0] if len(after) else len(one) - 1) + 1] = True
+            ids.append(one)
+            learn.append(mask)
+    starts = np.cumsum([0, *(len(one) for one in ids)])
+    return {"ids": np.concatenate(ids), "learn": np.concatenate(learn), "starts": starts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sgd", type=Path, required=True, help="folder of the Schema-Guided Dialogue data")
+    parser.add_argument("--out", type=Path, default=RUN)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of documents of every source")
+    options = parser.parse_args()
+    share = {name: 2 * round(count * options.scale / 2) for name, count in SHARE.items()}
+    began = time.monotonic()
+    everything = list(documents(SchemaGuided(options.sgd), Town(), share, options.seed))
+    random.Random(options.seed).shuffle(everything)
+    print(f"{len(everything)} documents, {time.monotonic() - began:.0f} s", flush=True)
+    tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])
+    tokenizer.save_pretrained(options.out / "tokenizer")
+    rendered = [render(tokenizer, one) for one in everything]
+    kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
+    arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
+    np.savez(options.out / "corpus.npz", **arrays)
+    print(json.dumps(_summary(kept, arrays, sum(dropped for _, dropped in rendered)), indent=1))
+    print(f"{time.monotonic() - began:.0f} s")
+
+
+def _plain(document: Document) -> str:
+    """Return a document's text without a tokenizer, for training one."""
+    lines = [
+        str(one["function"]["name"]) + " " + " ".join(one["function"]["parameters"]["properties"])
+        for one in document.tools
+    ]
+    for message in document.messages:
+        lines.append(message.get("content") or "")
+        lines += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join(lines)
+
+
+def _summary(
+    kept: Sequence[tuple[str, Document]], arrays: dict[str, np.ndarray[Any, Any]], dropped: int
+) -> dict[str, Any]:
+    lengths = np.diff(arrays["starts"])
+    tokens: Counter[str] = Counter()
+    for (_, one), length in zip(kept, lengths, strict=True):
+        tokens[one.source] += int(length)
+    return {
+        "documents": len(kept),
+        "tokens": int(lengths.sum()),
+        "learnt": int(arrays["learn"].sum()),
+        "turns_dropped": dropped,
+        "length": [int(one) for one in np.percentile(lengths, [50, 90, 99])],
+        "tokens_by_source": dict(tokens.most_common()),
+    }
+
+
+if __name__ == "__main__":
+    main()

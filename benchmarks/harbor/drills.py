@@ -1,0 +1,284 @@
+"""Drills for what a small model lacks: copying, comparing, finding what is missing, reading dates and times.
+
+One document is a conversation of several short exercises of one kind; the model learns from every answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from datetime import date, timedelta
+
+from svdexpert.reply import Call
+from svdexpert.worlds import Message, Tool, assistant, calling, result, system, tool, user
+
+_SYLLABLES = """
+    ba be bi bo bra cal cen chi cor da del den dor el en fa fen gal gor ha hel il ja jor ka kel kin la len lo lu
+    ma mel mi mor na nel no or pa pel per qui ra ren ri ro sa sel si sol ta tel ti tor u val ven vi wen xa yor
+    za zel
+""".split()  # noqa: SIM905 - a list of words reads best as text
+_WORDS = """
+    amber anchor apple arrow autumn bakery barn basket beach bell bench berry blanket blue boat bottle bread
+    brick bridge bright bucket butter button cabin candle canvas castle cedar chair cherry church cider circle
+    cliff clock cloud coat copper corner cotton cradle cream crystal curtain daisy dance dawn desk dove dragon
+    drum dusk eagle east ember engine falcon feather fern field fiddle finch fire flag flour fog forest fountain
+    fox frost garden gate ginger glass gold grain grape green grey hammer harvest hazel heron hill honey horn
+    house iron island ivy jade jar jasmine kettle key kite lake lamp lantern lark leaf lemon lily linen lion
+    maple marble market meadow melon mill mint mirror moon moss music needle nest night north nut oak ocean
+    olive onion orange orchard otter owl paper path peach pearl pebble pepper pine plum pond poppy pumpkin
+    quartz quilt rabbit rain raven red reed ribbon river road robin rocket rope rose saddle sail salt sand sea
+    shell shore silk silver sky smoke snow song south spark spring star stone storm stream sugar summer sun swan
+    table tea thunder tide tiger timber tower train tree trumpet tulip valley velvet village violet wagon walnut
+    water wave well west wheat wheel white willow wind window wine winter wolf wood wool yard yellow
+""".split()  # noqa: SIM905 - a list of words reads best as text
+_FIELDS = """
+    amount area arrival artist author bag balance bed branch brand bus captain car category city code colour
+    cost count country course crew cuisine day deck deposit depth desk destination diet direction distance
+    doctor driver duration engine entrance fare fee flavour floor format gate genre grade guest guide height
+    host hour item kind label language length level line location lot material meal menu method model month name
+    number office option order origin owner page party pass phone place plan plate platform play pool price
+    purpose rank rate rating reason recipient region rider room route row school seat section sender service
+    shape share shelf shop show side size speed spot stage station street style subject table tax team term
+    theme ticket time title topic town track type unit user venue view visit volume week weight year zone
+""".split()  # noqa: SIM905 - a list of words reads best as text
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+           "December")  # fmt: skip
+TODAY = date(2019, 3, 1)
+Exercise = tuple[list[Message], list[Tool]]
+
+
+def name(rng: random.Random) -> str:
+    """Return a made-up word, capitalised."""
+    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
+
+
+def value(rng: random.Random) -> str:
+    """Return a value of any kind: names, words, codes, numbers, times, dates, prices, addresses."""
+    kind = rng.randrange(9)
+    if kind == 0:
+        return name(rng)
+    if kind == 1:
+        return f"{name(rng)} {name(rng)}"
+    if kind == 2:
+        return " ".join(rng.sample(_WORDS, rng.randint(1, 3)))
+    if kind == 3:
+        return " ".join(word.capitalize() for word in rng.sample(_WORDS, 2))
+    if kind == 4:
+        return "".join(rng.choice("ABCDEFGHKLMNPRSTUVWXYZ0123456789") for _ in range(rng.randint(3, 6)))
+    if kind == 5:
+        return str(rng.randint(1, 10 ** rng.randint(1, 4)))
+    if kind == 6:
+        minute = rng.choice((0, 15, 30, 45, rng.randint(0, 59)))
+        return f"{rng.randint(1, 12)}:{minute:02d} {rng.choice(('am', 'pm'))}"
+    if kind == 7:
+        street = rng.choice(("Street", "Avenue", "Road", "Lane"))
+        return f"{rng.randint(1, 999)} {rng.choice(_WORDS).capitalize()} {street}"
+    return f"${rng.randint(1, 999)}"
+
+
+def near(rng: random.Random, right: str) -> str:
+    """Return a value of the same look that differs: another of its kind, or one piece changed."""
+    pieces = right.split(" ")
+    if rng.random() < 0.5:
+        place = rng.randrange(len(pieces))
+        piece = pieces[place]
+        if piece.isdigit():
+            changed = str(int(piece) + rng.choice((-1, 1, 2, 10)))
+        elif any(one.isdigit() for one in piece):
+            changed = "".join(rng.choice("123456789") if one.isdigit() else one for one in piece)
+        else:
+            changed = rng.choice(_WORDS)
+            changed = changed.capitalize() if piece[:1].isupper() else changed
+        pieces[place] = changed
+        wrong = " ".join(pieces)
+    else:
+        wrong = value(rng)
+    return wrong if wrong != right else f"{right} {rng.choice(_WORDS)}"
+
+
+def _repeat(rng: random.Random) -> Exercise:
+    asks = ("Repeat: {}", "Say {} again.", "Write this down: {}", "Copy {}", "Please repeat {} for me.")
+    messages = []
+    for _ in range(rng.randint(5, 9)):
+        text = ", ".join(value(rng) for _ in range(rng.randint(1, 3)))
+        messages += [user(rng.choice(asks).format(text)), assistant(text)]
+    return messages, []
+
+
+def _compare(rng: random.Random) -> Exercise:
+    messages = []
+    for _ in range(rng.randint(5, 9)):
+        one = value(rng)
+        same = rng.random() < 0.5
+        other = one if same else near(rng, one)
+        messages += [user(f"Same or different? {one} / {other}"), assistant("same" if same else "different")]
+    return messages, []
+
+
+def _judge(rng: random.Random) -> Exercise:
+    """A row, then statements about it, judged."""
+    fields = rng.sample(_FIELDS, rng.randint(3, 6))
+    row = {field: value(rng) for field in fields}
+    quote = rng.random() < 0.5
+    listing = ", ".join(f"{key}={one}" for key, one in row.items())
+    messages: list[Message] = [user("What do we have?"), calling(Call("list_all", {})), result("list_all", row)]
+    messages.append(assistant(f"The {fields[0]} is {row[fields[0]]}."))
+    if quote:
+        messages = []
+    for _ in range(rng.randint(4, 7)):
+        field = rng.choice(fields)
+        true = rng.random() < 0.5
+        said = row[field] if true else near(rng, row[field])
+        verb = rng.choice(("is", "is", "was", "should be"))
+        if quote:
+            context = f"Result: {listing}\n\n" if rng.random() < 0.8 or not messages else ""
+            text = f"{context}Question: Is this true or false? The {field} {verb} {said}.\nOptions: true, false"
+            messages += [user(text), assistant("true" if true else "false")]
+            continue
+        claim = rng.choice(
+            ("The {} {} {}.", "So the {} {} {}, right?", "I am sure the {} {} {}.", "I see the {} {} {}.")
+        )
+        answer = f"Yes, the {field} is {said}." if true else f"No, the {field} is {row[field]}, not {said}."
+        messages += [user(claim.format(field, verb, said)), assistant(answer)]
+    return messages, [_made_up(rng), tool("list_all", {}, required=())] if not quote else []
+
+
+def _look_up(rng: random.Random) -> Exercise:
+    fields = rng.sample(_FIELDS, rng.randint(3, 7))
+    row = {field: value(rng) for field in fields}
+    listing = ", ".join(f"{key}: {one}" for key, one in row.items())
+    messages = [user(f"Remember this. {listing}"), assistant("I will.")]
+    for field in rng.sample(fields, len(fields)):
+        messages += [
+            user(rng.choice(("What is the {}?", "And the {}?", "Which {}?")).format(field)),
+            assistant(row[field]),
+        ]
+    return messages, []
+
+
+def _made_up(rng: random.Random, fields: Sequence[str] = (), needed: int = 0) -> Tool:
+    fields = fields or rng.sample(_FIELDS, rng.randint(1, 4))
+    verb = rng.choice(("find", "book", "get", "send", "order", "check", "rent", "plan", "buy", "list"))
+    style = rng.random()
+    words = (verb, rng.choice(_WORDS))
+    label = "_".join(words) if style < 0.6 else "".join(one.capitalize() for one in words)
+    return tool(label, dict.fromkeys(fields, "string"), required=fields[: needed or len(fields)])
+
+
+def _fill(rng: random.Random) -> Exercise:
+    """Details given in any order, then the call; or a question for the one that is missing."""
+    messages: list[Message] = []
+    fields = rng.sample(_FIELDS, rng.randint(2, 5))
+    one = _made_up(rng, fields, rng.randint(2, len(fields)))
+    label, needed = one["function"]["name"], one["function"]["parameters"]["required"]
+    plain = " ".join(label.split("_")) if "_" in label else label
+    for _ in range(rng.randint(2, 4)):
+        given = {field: value(rng) for field in fields if field in needed or rng.random() < 0.5}
+        lacking = rng.choice(needed) if rng.random() < 0.5 else None
+        said = [field for field in given if field != lacking]
+        rng.shuffle(said)
+        joined = ", ".join(
+            rng.choice(("{} {}", "{}: {}", "the {} is {}")).format(field, given[field]) for field in said
+        )
+        messages.append(user(rng.choice(("{}, {}", "Please {}: {}", "I want to {}, {}")).format(plain, joined)))
+        if lacking:
+            ask = rng.choice(("Which {} would you like?", "What is the {}?", "What {} should it be?", "Which {}?"))
+            messages += [
+                assistant(ask.format(lacking)),
+                user(rng.choice(("{}", "It is {}.", "{}, please.")).format(given[lacking])),
+            ]
+        ordered = {field: given[field] for field in fields if field in given}
+        messages += [calling(Call(label, ordered)), result(label, {"status": "ok"}), assistant("It is done.")]
+    tools = [one, _made_up(rng)]
+    rng.shuffle(tools)
+    return messages, tools
+
+
+def _missing(rng: random.Random) -> Exercise:
+    messages = []
+    for _ in range(rng.randint(3, 6)):
+        fields = rng.sample(_FIELDS, rng.randint(2, 5))
+        lacking = rng.choice([*fields, "none", "none"])
+        said = [field for field in fields if field != lacking]
+        rng.shuffle(said)
+        given = ", ".join(f"{field} {value(rng)}" for field in said) or "nothing"
+        listed = ", ".join(fields)
+        text = f"Needed: {listed}. Given: {given}.\nQuestion: What is missing?\nOptions: {listed}, none"
+        messages += [user(text), assistant(lacking)]
+    return messages, []
+
+
+def spoken_time(rng: random.Random) -> tuple[str, str]:
+    """Return a time as people say it, and as a call writes it (24 hours)."""
+    hour, minute = rng.randint(0, 23), rng.choice((0, 0, 15, 30, 30, 45))
+    twelve, after = (hour - 1) % 12 + 1, "am" if hour < 12 else "pm"
+    part = (
+        "in the morning"
+        if hour < 12
+        else "in the afternoon"
+        if hour < 17
+        else "in the evening"
+        if hour < 21
+        else "at night"
+    )
+    text = {
+        0: f"{twelve}",
+        15: f"quarter past {twelve}",
+        30: f"half past {twelve}",
+        45: f"quarter to {twelve % 12 + 1}",
+    }[minute]
+    clock = f"{twelve}:{minute:02d}" if minute or rng.random() < 0.5 else f"{twelve}"
+    if minute == 45 and hour % 12 == 11:
+        text = clock
+    said = rng.choice(
+        (f"{clock} {after}", f"{clock} {after}", f"{text} {part}", f"{clock} {part}", f"{hour}:{minute:02d}")
+    )
+    return said, f"{hour:02d}:{minute:02d}"
+
+
+def spoken_date(rng: random.Random) -> tuple[str, str]:
+    """Return a day as people say it on 2019-03-01, and as a call writes it."""
+    ahead = rng.choice((0, 1, 2, *range(1, 14), *range(1, 31)))
+    day = TODAY + timedelta(days=ahead)
+    ending = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}.get(day.day, "th")
+    month = _MONTHS[day.month - 1]
+    forms = [
+        f"the {day.day}{ending}",
+        f"{month} {day.day}{ending}",
+        f"the {day.day}{ending} of {month}",
+        f"{month} {day.day}",
+    ]
+    if ahead < 3:
+        forms += [("today", "tomorrow", "the day after tomorrow")[ahead]] * 3
+    if 0 < ahead < 7:
+        forms += [_WEEKDAYS[day.weekday()], f"this {_WEEKDAYS[day.weekday()]}", f"on {_WEEKDAYS[day.weekday()]}"]
+    if 3 <= ahead <= 9 and day.isocalendar().week == TODAY.isocalendar().week + 1:
+        forms += [f"next {_WEEKDAYS[day.weekday()]}", f"{_WEEKDAYS[day.weekday()]} next week"]
+    return rng.choice(forms), day.isoformat()
+
+
+def _moments(rng: random.Random) -> Exercise:
+    messages: list[Message] = [system("Today is Friday, 2019-03-01.")]
+    for _ in range(rng.randint(4, 8)):
+        said, written = rng.choice((spoken_time, spoken_date))(rng)
+        if rng.random() < 0.2:
+            many = rng.randint(1, 12)
+            said, written = f"{_NUMBERS[many - 1]} of us", str(many)
+        messages += [
+            user(rng.choice(("{}", "{}, please.", "Let us say {}.", "Write {} in figures.")).format(said)),
+            assistant(written),
+        ]
+    return messages, []
+
+
+KINDS: Sequence[tuple[Callable[[random.Random], Exercise], int]] = (
+    (_repeat, 2), (_compare, 2), (_judge, 5), (_look_up, 2), (_fill, 5), (_missing, 2), (_moments, 2)
+)  # fmt: skip
+
+
+def drill(rng: random.Random) -> Exercise:
+    """Return one document of exercises: messages and tools."""
+    kinds, weights = zip(*KINDS, strict=True)
+    return rng.choices(kinds, weights)[0](rng)
