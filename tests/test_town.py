@@ -198,12 +198,12 @@ def check_request(scene: Request) -> None:
     assert not any(read(reply).asks for reply in scene.immediate)
 
 
-def test_every_parameter_can_be_answered_in_every_split(world: Town) -> None:
+def test_every_parameter_can_be_answered_in_every_split() -> None:
     for split in SPLITS:
         for kit in KITS.values():
             for name in kit.params if kit.split in ("train", split) else ():
                 value = town.Value("amber", "amber")
-                assert "amber" in world._answer(random.Random(name), split, kit, name, value)
+                assert "amber" in town.answer(town.Dice(random.Random(name), split), kit.params[name], value)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -398,6 +398,6 @@ def test_enough_scenes_fast_enough(world: Town) -> None:
 
 def test_too_few_scenes_is_an_error(world: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(town, "TRIES", 3)
-    monkeypatch.setattr(world, "_request", lambda *_: None)
+    monkeypatch.setattr(town, "some_request", lambda *_: None)
     with pytest.raises(WorldError, match="0 different scenes were found, 5 were asked for"):
         world.requests("train", 5, kind="complete")

@@ -14,11 +14,14 @@ the role "tool". Tools are JSON schemas of functions.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
+from svdexpert.errors import WorldError, did_you_mean
 from svdexpert.reply import Call
 
 Message = dict[str, Any]
@@ -140,6 +143,32 @@ class World(Protocol):
 
     def dialogues(self, split: Split, n: int, *, seed: int = 0) -> list[Dialogue]:
         """Return n natural dialogues."""
+
+
+WORLDS = ("town", "sgd")
+
+
+def load(name: str, folder: str | Path | None = None) -> World:
+    """Return a world.
+
+    Args:
+        name: "town", which is generated, or "sgd", real dialogues out of files.
+        folder: of the files: a clone of the public Schema-Guided Dialogue repository, or its compact form.
+
+    Raises:
+        WorldError: there is no such world, or its files are not there.
+    """
+    if name not in WORLDS:
+        raise WorldError(f"There is no world {name!r}.{did_you_mean(name, WORLDS)}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    if name == "town":
+        return cast(World, module.Town())
+    if folder is None:
+        raise WorldError(
+            "The world sgd is made of files: say where they are, as a clone of "
+            "https://github.com/google-research-datasets/dstc8-schema-guided-dialogue."
+        )
+    return cast(World, module.SchemaGuided(folder))
 
 
 def user(text: str) -> Message:
