@@ -235,6 +235,82 @@ def export(
         _show(check_lora(folder, loaded.hf))
 
 
+def knowing_doing(
+    model: str = "harbor",
+    world: Literal["town", "sgd"] = "town",
+    data: str | None = None,
+    families: list[str] = ["clarify", "disagree", "call"],  # noqa: B006 - read, never changed; shown by --help
+    split: Literal["train", "validation", "heldout"] = "heldout",
+    n: PositiveInt = 200,
+    seed: int = 0,
+    experts: str | None = None,
+    mix: dict[str, float] | None = None,
+    out: str = "runs/knowing-doing",
+    batch_size: PositiveInt = 32,
+    chat_template: str | None = None,
+    calibration: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Measure what a model knows beside what it does, with controls and intervals; print it, draw it, keep it as JSON.
+
+    Args:
+        model: hub id or local folder; "harbor" ships with the package.
+        world: generated cases, or real dialogues (needs --data).
+        data: folder of the Schema-Guided Dialogue data, e.g. a clone of its public repository.
+        families: names of skills, or import paths of one's own.
+        split: of the world; "heldout" shares no entity, phrasing or tool with "train".
+        n: cases a family, even: half positives, half controls.
+        seed: of the cases.
+        experts: folder of an expert, or of a library; without it the base is measured.
+        mix: weights by name, e.g. '{ask: 0.7, doubt: 0.3}'. Default: a lone expert at weight 1.
+        out: folder for knowing_doing.json and knowing_doing.png; an earlier pair is replaced.
+        batch_size: rows of a forward pass.
+        chat_template: file with a Jinja chat template, for a model that has none.
+        calibration: text file that a "sensitivity" basis was made with.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the loaded weights.
+        device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
+        trust_remote_code: run modelling code from the repository.
+    """
+    import json
+
+    from svdexpert import evaluate, report, worlds
+    from svdexpert.storage import whole_file
+
+    place = worlds.load(world, data)
+    library = _experts(experts)
+    if mix and experts is None:
+        raise MixtureError("--mix names experts: say where they are with --experts FOLDER.")
+    wanted = mix if mix is not None else _alone(library, experts)
+    loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
+    if chat_template is not None and loaded.tokenizer is not None:
+        loaded.tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    results = evaluate.knowing_doing(
+        loaded,
+        place,
+        families=families,
+        split=split,
+        n=n,
+        seed=seed,
+        experts=wanted or None,
+        library=library,
+        batch_size=batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    _show(report.knowing_doing_table(results))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model": model, "world": world, "split": split, "n": n, "seed": seed, "version": __version__}
+    with whole_file(folder / "knowing_doing.json") as temporary:
+        kept = settings | {"results": [one.to_json() for one in results]}
+        temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    report.draw_knowing_doing(results, folder / "knowing_doing.png")
+    _show(f"cases in {folder / 'knowing_doing.json'}, picture in {folder / 'knowing_doing.png'}")
+
+
 def demo(folder: str = "runs/demo") -> None:
     """Run the whole path on a small random model: decompose, mix in one batch, export, reload.
 
@@ -387,6 +463,7 @@ def main() -> None:
         "inspect": inspect,
         "generate": generate,
         "export": export,
+        "bench": {"knowing-doing": knowing_doing},
         "demo": demo,
     }
     run_command(verbs, "svdexpert", version=__version__)

@@ -46,6 +46,7 @@ from svdexpert.statistics import (
     Estimate,
     Floats,
     auc_interval,
+    bag_of_words_auc,
     chance_corrected,
     difference_interval,
     doing_given_knowing,
@@ -55,7 +56,7 @@ from svdexpert.statistics import (
     share_interval,
     sign_flip,
 )
-from svdexpert.worlds import assistant, user
+from svdexpert.worlds import Split, World, assistant, user
 
 KNOWING_TOKENS = 16
 """Tokens that a free answer to a knowing item may take, at least; longer options get their length and one more."""
@@ -383,6 +384,56 @@ def measure(
         p_values=_gap_p_values([row for row in rows if row.positive]),
         errors=dict(Counter(row.error for row in rows if row.error).most_common()),
     )
+
+
+FAMILIES = ("clarify", "disagree", "call")
+WORD_CASES = 1000
+"""Training cases to which the bag-of-words control is fitted."""
+
+
+def knowing_doing(
+    model: SpectralModel,
+    world: World,
+    *,
+    families: Sequence[str] = FAMILIES,
+    split: Split = "heldout",
+    n: int = 200,
+    seed: int = 0,
+    experts: Blend = None,
+    library: Mapping[str, Expert] | Bank | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[SkillResult]:
+    """Return the knowing-versus-doing benchmark: every family measured on n cases of a world.
+
+    Beside its own figures each result has "words": the AUC of a bag of words on the last user turn, fitted on the train
+    split, without an interval. Near 0.5 nothing but the context tells positives from controls.
+
+    Args:
+        model: with a tokenizer that has a chat template.
+        world: where the cases come from.
+        families: names of skills.
+        split: of the world.
+        n: cases a family, an even number: half positives, half controls.
+        seed: of the cases.
+        experts: one mixture for all cases; None is the base.
+        library: where names are looked up.
+        batch_size: rows of a forward pass.
+        progress: show progress bars on stderr.
+
+    Raises:
+        SkillError: n is odd, or there is no such skill. WorldError: the world has fewer cases.
+        SvdExpertError: as in `measure`.
+    """
+    results = []
+    for name in families:
+        skill = load(name)
+        cases = skill.cases(world, split, n, seed=seed)
+        result = measure(model, name, cases, experts=experts, library=library, batch_size=batch_size, progress=progress)
+        words = bag_of_words_auc(skill.cases(world, "train", WORD_CASES, seed=seed), cases)
+        found = {**result.figures, "words": Estimate(words, math.nan, math.nan, n)}
+        results.append(replace(result, figures=found))
+    return results
 
 
 def figures(rows: Sequence[CaseResult], move: str) -> dict[str, Estimate]:

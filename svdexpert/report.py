@@ -182,6 +182,7 @@ _ASIDE = {
     "contrarian": "C: true claims contradicted",
     "discernment": "J = U - F",
     "finished": "asked, then called exactly",
+    "words": "AUC of a bag of words",
 }
 
 
