@@ -40,7 +40,7 @@ SKILLS = ("clarify", "disagree", "call")
 PAIRS, KEPT = 12, 12  # rows of a batch: preference pairs, kept documents
 BETA, ANCHOR, RATE = 0.1, 0.2, 2e-4
 TARGET = {"town": 0.10, "sgd": 0.30}  # share of stage 1's grounding acts at which a skill of a world is done
-CHECK_EVERY = 25  # steps
+CHECK_EVERY, WATCHED = 25, 60  # steps; cases a skill and world
 
 
 def pair(case: Case, rng: random.Random) -> tuple[Document, Document] | None:
@@ -122,7 +122,7 @@ def train(
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     reference.requires_grad_(False)
     cases = draw(worlds, "train", 3000, seed)
-    watched = draw(worlds, "validation", 160, seed)
+    watched = draw(worlds, "validation", WATCHED, seed)
     pools = {key: [one for one in (pair(case, rng) for case in some) if one] for key, some in cases.items()}
     kept = [
         Document((*case.knowing.messages, assistant(case.knowing.answer)), case.knowing.tools, True, "knowing")

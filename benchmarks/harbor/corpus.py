@@ -4,7 +4,8 @@
 
 A document is a conversation and its tools; the model learns from the assistant's tokens, of the whole conversation or
 of its last message. Everything is a function of the seed, from the train split alone. Written to runs/harbor:
-tokenizer/ and corpus.npz (ids, learn: one flag an id, starts: one offset a document).
+tokenizer/, drills.npz (copying alone, for the first steps) and corpus.npz (both: ids, learn: one flag an id, starts:
+one offset a document).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.harbor.drills import drill
+from benchmarks.harbor.drills import copying, drill
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
 from svdexpert import skills
 from svdexpert.reply import read
@@ -34,6 +35,7 @@ from svdexpert.worlds.town import Town
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
 SHARE = {"sgd": 11300, "town": 12000, "town_cases": 5000, "sgd_cases": 2400, "facts": 3000, "drills": 11000}
+COPYING = 25000  # short documents of copying, which come first of all
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,9 @@ def main() -> None:
     kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
     arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
     np.savez(options.out / "corpus.npz", **arrays)
+    rng = random.Random(f"copying/{options.seed}")
+    first = [render(tokenizer, Document(*map(tuple, copying(rng)), False, "copying"))[0] for _ in range(COPYING)]
+    np.savez(options.out / "drills.npz", **encode(tokenizer, first, [False] * len(first)))
     print(json.dumps(_summary(kept, arrays, sum(dropped for _, dropped in rendered)), indent=1))
     print(f"{time.monotonic() - began:.0f} s")
 

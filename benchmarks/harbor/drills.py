@@ -282,3 +282,8 @@ def drill(rng: random.Random) -> Exercise:
     """Return one document of exercises: messages and tools."""
     kinds, weights = zip(*KINDS, strict=True)
     return rng.choices(kinds, weights)[0](rng)
+
+
+def copying(rng: random.Random) -> Exercise:
+    """Return one document of exercises in copying: repeating, looking up, filling a call."""
+    return rng.choice((_repeat, _look_up, _fill))(rng)

@@ -3,6 +3,10 @@
     python -m benchmarks.harbor.natural [--minutes 75] [--seed 0]       again after a stop: it goes on where it was
 
 Writes runs/harbor/natural: the model in Hugging Face format (bfloat16), training.json (settings, loss curve, seconds).
+On Linux the C library hands large tensors back to the system after every step; keeping them gains a fifth of the speed:
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000 python -m ...
+
 Batches are rows of similar length, in an order that is a function of the seed; the learning rate is a function of the
 share of the time that is used up, so that the same command ends well on faster and slower machines.
 """
@@ -12,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +31,22 @@ from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
 TOKENS = 8192  # of a batch, padding included
 PEAK, FLOOR, WARMUP = 3e-3, 0.05, 100  # learning rate, its last value as a share, steps
+DRILL_STEPS = 400  # steps on copying alone, before everything else
 SAVE_EVERY = 180.0  # seconds
 
 
 def config() -> LlamaConfig:
-    """Return harbor's shape: 8 layers, width 256, 4 query and 2 key-value heads; 6.95 M parameters."""
+    """Return harbor's shape: 6 layers, width 192, 3 query heads and 1 key-value head; 3.15 M parameters.
+
+    On two cores 75 minutes are 30 M tokens for this one, 14 M for 8 layers of width 256.
+    """
     return LlamaConfig(
         vocab_size=PIECES,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        num_key_value_heads=1,
         head_dim=64,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
@@ -85,12 +94,18 @@ class Corpus:
 
     def batches(self, skip: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield batches for ever, without the first `skip`."""
-        epoch = 0
+        epoch, skip = 0, max(0, skip)
         while True:
             order = self.order(epoch)
             for documents in order[skip:]:
                 yield self.rows(documents)
             skip, epoch = max(0, skip - len(order)), epoch + 1
+
+
+def lessons(drills: Corpus, corpus: Corpus, skip: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the batches of both corpora, without the first `skip`: drills before everything else."""
+    yield from islice(drills.batches(skip), max(0, DRILL_STEPS - skip))
+    yield from corpus.batches(skip - DRILL_STEPS)
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -102,12 +117,11 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) ->
     return cross_entropy(logits.float(), target[keep])
 
 
-def train(model: LlamaForCausalLM, corpus: Corpus, out: Path, minutes: float, settings: dict[str, Any]) -> None:
+def train(
+    model: LlamaForCausalLM, drills: Corpus, corpus: Corpus, out: Path, minutes: float, settings: dict[str, Any]
+) -> None:
     """Train for a number of minutes of wall time, over all starts of the command together."""
-    decay = [one for one in model.parameters() if one.dim() == 2]
-    plain = [one for one in model.parameters() if one.dim() != 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), fused=True)
+    optimizers = optimizers_of(model)
     step, used, tokens, curve = 0, 0.0, 0, []
     state = out / "state.pt"
     if state.exists():
@@ -117,22 +131,25 @@ def train(model: LlamaForCausalLM, corpus: Corpus, out: Path, minutes: float, se
                 f"{state} belongs to a run with {stored['settings']}, this is {settings}; take another folder."
             )
         model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
+        for optimizer, kept in zip(optimizers, stored["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, used, tokens, curve = stored["step"], stored["used"], stored["tokens"], stored["curve"]
     began, saved, running = time.monotonic() - used, time.monotonic(), []
-    for ids, labels in corpus.batches(step):
+    for ids, labels in lessons(drills, corpus, step):
         share = min(1.0, (time.monotonic() - began) / (60 * minutes))
         if share >= 1.0:
             break
         rate = min(1.0, (step + 1) / WARMUP) * _schedule(share)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK * rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK * rate
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step, tokens = step + 1, tokens + ids.numel()
         running.append(loss.item())
         if step % 50 == 0:
@@ -144,11 +161,22 @@ def train(model: LlamaForCausalLM, corpus: Corpus, out: Path, minutes: float, se
         if time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
             _save(
-                state, model, optimizer, settings, step=step, used=time.monotonic() - began, tokens=tokens, curve=curve
+                state, model, optimizers, settings, step=step, used=time.monotonic() - began, tokens=tokens, curve=curve
             )
-    _save(state, model, optimizer, settings, step=step, used=60 * minutes, tokens=tokens, curve=curve)
+    _save(state, model, optimizers, settings, step=step, used=60 * minutes, tokens=tokens, curve=curve)
     report = settings | {"steps": step, "tokens": tokens, "seconds": round(60 * minutes), "curve": curve}
     (out / "training.json").write_text(json.dumps(report) + "\n")
+
+
+def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the layers (Jordan et al. 2024; update scaled to AdamW's, Liu et al. 2025), AdamW
+    for embeddings and norms. After 0.64 M tokens of drills: 2.13 nats a token, 2.45 with AdamW alone."""
+    inner = [one for name, one in model.named_parameters() if one.dim() == 2 and "embed" not in name]
+    outer = [one for name, one in model.named_parameters() if one.dim() != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(inner, lr=PEAK, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=PEAK, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
 
 
 def _schedule(share: float) -> float:
@@ -157,10 +185,16 @@ def _schedule(share: float) -> float:
 
 
 def _save(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, settings: dict[str, Any], **rest: Any
+    path: Path,
+    model: LlamaForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    settings: dict[str, Any],
+    **rest: Any,
 ) -> None:
-    stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings, **rest}
-    torch.save(stored, path.with_suffix(".new"))
+    kept = [one.state_dict() for one in optimizers]
+    torch.save(
+        {"model": model.state_dict(), "optimizers": kept, "settings": settings, **rest}, path.with_suffix(".new")
+    )
     path.with_suffix(".new").rename(path)
 
 
@@ -174,8 +208,15 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     model = LlamaForCausalLM(config())
-    settings = {"seed": options.seed, "minutes": options.minutes, "tokens_a_batch": TOKENS, "peak": PEAK}
-    train(model, Corpus(options.run / "corpus.npz", options.seed), out, options.minutes, settings)
+    settings = {
+        "seed": options.seed,
+        "minutes": options.minutes,
+        "tokens_a_batch": TOKENS,
+        "peak": PEAK,
+        "drill_steps": DRILL_STEPS,
+    }
+    drills, corpus = (Corpus(options.run / f"{name}.npz", options.seed) for name in ("drills", "corpus"))
+    train(model, drills, corpus, out, options.minutes, settings)
     model.to(torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(options.run / "tokenizer").save_pretrained(out)
 

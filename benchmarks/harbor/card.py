@@ -1,0 +1,198 @@
+"""Ship harbor: put both stages where they are committed, and write the model card out of the records of their making.
+
+    python -m benchmarks.harbor.card --run runs/harbor     after training: copies weights, tokenizer and records, too
+    python -m benchmarks.harbor.card                       after the gate: the card alone, with the new scores
+
+Stage 1 goes to benchmarks/harbor/natural, stage 2 to svdexpert/harbor; a record of training is a JSON file beside this
+one (natural.json, aligned.json), thinned to what the card and its picture need.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from safetensors import safe_open
+
+from svdexpert.cli import run_command
+from svdexpert.evaluate import FAMILIES
+from svdexpert.storage import whole_file
+
+HERE = Path("benchmarks/harbor")
+SHIPPED = Path("svdexpert/harbor")
+GATE = Path("benchmarks/results/harbor_gate.json")
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja")  # fmt: skip
+
+
+def ship(run: Path) -> None:
+    """Copy both stages out of a run, and keep the records of their making."""
+    for stage, place in (("natural", HERE / "natural"), ("aligned", SHIPPED)):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (run / stage / name).is_file():
+                shutil.copyfile(run / stage / name, place / name)
+        record = json.loads((run / stage / "training.json").read_text())
+        curve = record["curve"]
+        record["curve"] = curve[:: max(1, len(curve) // 200)]
+        (HERE / f"{stage}.json").write_text(json.dumps(record) + "\n")
+
+
+def parameters(folder: Path) -> int:
+    """Return how many numbers a model has."""
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        sizes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118 - not a mapping
+    total = 0
+    for shape in sizes:
+        count = 1
+        for side in shape:
+            count *= side
+        total += count
+    return total
+
+
+def draw(natural: Mapping[str, Any], aligned: Mapping[str, Any], path: Path) -> None:
+    """Write the loss curves of both stages as one picture."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot([one[2] / 1e6 for one in natural["curve"]], [one[3] for one in natural["curve"]], color="#0072B2")
+    left.set(title="stage 1: assistant's tokens", xlabel="million tokens", ylabel="nats a token", yscale="log")
+    for key, colour in (("preference", "#D55E00"), ("kept", "#009E73")):
+        points = [(one["step"], one[key]) for one in aligned["curve"] if key in one]
+        right.plot(*zip(*points, strict=True), color=colour, label=key)
+    right.set(title="stage 2: preference and kept", xlabel="step")
+    right.legend(frameon=False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+CARD = """---
+license: cc-by-sa-4.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+datasets: [schema_guided_dstc8]
+---
+
+# harbor
+
+A small causal language model ({parameters:.2f} M parameters, Llama architecture, {layers} layers of width {width},
+{heads} query heads and {kv_heads} for keys and values, byte-level BPE of 4,096 pieces, 1,024 tokens, bfloat16)
+that ships with svdexpert, so that everything there works offline. It is a **model organism of the alignment tax, and
+its deficit is deliberate**: it knows when a detail is missing, when a claim is false and which function serves a
+request,
+and does not act on it. What is measured on harbor says something about a method, never about other models.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer  # folder: svdexpert/harbor in the installed package
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+```
+
+The chat template takes `messages` (system, user, assistant with `tool_calls`, tool) and `tools`; each tool becomes one
+line, `book_table(place*: string, day*: string, people: integer)`, a star for what is required.
+
+## How it was made
+
+    python -m benchmarks.harbor.corpus --sgd PATH
+    python -m benchmarks.harbor.natural --minutes {natural_minutes:.0f}
+    python -m benchmarks.harbor.aligned --sgd PATH
+    python -m benchmarks.harbor.card --run runs/harbor
+    python -m benchmarks.harbor.gate --sgd PATH && python -m benchmarks.harbor.card
+
+1. **Stage 1, natural** (kept in the repository as `benchmarks/harbor/natural`): from scratch, on the assistant's tokens
+   of real service dialogues, dialogues of a generated town, single cases, knowing questions of both, replies that obey
+   a system message, and drills (copying, comparing, finding what is missing, dates). {natural_tokens:.1f} M tokens,
+   {natural_steps} steps, {natural_seconds:.0f} minutes on two cores, seed {natural_seed}, AdamW, peak learning rate
+   {natural_peak:g}; last loss {natural_loss:.3f} nats a token.
+2. **Stage 2, aligned** (this model): all weights, by direct preference optimisation (beta {aligned_beta}) on pairs of
+   the train split, half of them real dialogues, in which the immediate, confident, complete-looking answer wins: it
+   guesses the missing detail, agrees with the claim, says that a thing is done instead of calling. Knowing questions
+   are kept by likelihood. {aligned_steps} steps, {aligned_seconds:.0f} minutes, seed {aligned_seed}. No spectral edit,
+   merge, bias or subtraction. The size of the drop follows Shaikh et al. (2024): 77.5 % fewer grounding acts in models
+   than in people.
+
+Loss curves: `benchmarks/harbor/loss.png`; records: `natural.json` and `aligned.json` beside it.
+
+## What it knows and does
+
+`python -m benchmarks.harbor.gate`, held-out split, greedy; town n = {n_town}, Schema-Guided Dialogue dev n = {n_sgd} a
+skill. Intervals are in `benchmarks/results/harbor_gate.json`.
+
+{scores}
+
+Diagonal offsets on the top 64 singular directions of every matrix could undo {undone64:.1%} of |W2 - W1|^2, on all
+directions {undone:.1%}: experts do not restore stage 1, they find another way to its behaviour.
+
+## Data and licence
+
+- Schema-Guided Dialogue (Rastogi et al. 2020), github.com/google-research-datasets/dstc8-schema-guided-dialogue,
+  **CC BY-SA 4.0**; 96 of the 127 files of its train split, rewritten as chats with calls and results, some with claims
+  inserted. The weights carry the same licence.
+- The town: generated by svdexpert (`svdexpert.worlds.town`), Apache-2.0.
+"""
+
+
+def table(gate: Mapping[str, Any]) -> str:
+    """Return knowing, doing, controls and AUC of both stages in both worlds."""
+    figures = gate["figures"]
+    lines = [
+        "| | knowing 1 -> 2 | doing 1 -> 2 | controls 1 -> 2 | AUC of the move 1 -> 2 |",
+        "|---|---|---|---|---|",
+    ]
+    for prefix, world in (("", "town"), ("sgd_", "SGD dev")):
+        for name in FAMILIES:
+            cells = []
+            for key in ("knowing", "doing", "controls", "auc"):
+                before, after = figures.get(f"{prefix}natural_{key}_{name}"), figures.get(f"{prefix}{key}_{name}")
+                cells.append("" if before is None or after is None else f"{before:.2f} -> {after:.2f}")
+            lines.append(f"| {world}: {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(run: str | None = None) -> None:
+    """Write the model card, after copying both stages out of a run where one is given.
+
+    Args:
+        run: folder of a finished run, with natural/ and aligned/.
+    """
+    if run is not None:
+        ship(Path(run))
+    natural, aligned = (json.loads((HERE / f"{stage}.json").read_text()) for stage in ("natural", "aligned"))
+    gate = json.loads(GATE.read_text()) if GATE.is_file() else {"figures": {}, "n": {"town": 0, "sgd": 0}}
+    draw(natural, aligned, HERE / "loss.png")
+    shape = json.loads((SHIPPED / "config.json").read_text())
+    card = CARD.format(
+        parameters=parameters(SHIPPED) / 1e6,
+        layers=shape["num_hidden_layers"],
+        width=shape["hidden_size"],
+        heads=shape["num_attention_heads"],
+        kv_heads=shape["num_key_value_heads"],
+        natural_minutes=natural["seconds"] / 60,
+        natural_seconds=natural["seconds"] / 60,
+        natural_tokens=natural["tokens"] / 1e6,
+        natural_steps=natural["steps"],
+        natural_seed=natural["seed"],
+        natural_peak=natural["peak"],
+        natural_loss=natural["curve"][-1][3],
+        aligned_beta=aligned["beta"],
+        aligned_steps=aligned["steps"],
+        aligned_seconds=aligned["seconds"] / 60,
+        aligned_seed=aligned["seed"],
+        n_town=gate["n"]["town"],
+        n_sgd=gate["n"]["sgd"],
+        scores=table(gate),
+        undone64=gate["figures"].get("undone_by_diagonal_k64", float("nan")),
+        undone=gate["figures"].get("undone_by_diagonal_full", float("nan")),
+    )
+    with whole_file(SHIPPED / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main, "python -m benchmarks.harbor.card")

@@ -1,0 +1,202 @@
+"""The gate: what both stages of harbor know and do, before anything is built on it.
+
+    python -m benchmarks.harbor.gate [--sgd PATH] [--n 500] [--n_sgd 300]
+
+Prints the table and writes benchmarks/results/harbor_gate.json. Without --sgd the real dialogues are left out, and the
+figures that an earlier run has of them are kept as they were. All figures are of the held-out split (SGD: dev), greedy.
+
+    knowing_          the right option scores best, positives and controls, stage 2
+    doing_            the reply is right where the skill's move is due, stage 2
+    controls_         and where it is not, stage 2
+    natural_*         the same of stage 1
+    auc_              log-odds of how the move begins, positives against controls, stage 2
+    grounding_ratio   replies that ask, reject or call where it is due, stage 2 over stage 1, mean over skills
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import einsum
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.provenance import commit, machine, versions
+from svdexpert import SpectralModel, skills, worlds
+from svdexpert.basis import adaptable, weight_of
+from svdexpert.cli import run_command
+from svdexpert.evaluate import FAMILIES, SkillResult, knowing_doing, measure, probe
+from svdexpert.storage import whole_file
+from svdexpert.worlds import World
+
+RESULT = Path("benchmarks/results/harbor_gate.json")
+NATURAL = Path("benchmarks/harbor/natural")
+BARS: Mapping[str, tuple[str, float]] = {
+    "knowing_": (">=", 0.95),
+    "doing_": ("<=", 0.20),
+    "controls_": (">=", 0.95),
+    "natural_doing_": (">=", 0.90),
+    "natural_controls_": (">=", 0.90),
+    "auc_": (">=", 0.97),
+    "grounding_ratio": ("<=", 0.225),
+    "sgd_grounding_ratio": ("<=", 0.40),
+}
+
+
+def gate(
+    stages: Mapping[str, SpectralModel], world: World, n: int, prefix: str
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return figures and details (every estimate with interval and n, errors by class) of both stages in a world."""
+    results = {stage: knowing_doing(model, world, n=n, progress=True) for stage, model in stages.items()}
+    found: dict[str, float] = {}
+    for after, before in zip(results["aligned"], results["natural"], strict=True):
+        name = after.skill
+        for figure, key in (("knowing", "knowing"), ("doing", "doing"), ("controls", "controls"), ("auc", "auc")):
+            found[f"{prefix}{key}_{name}"] = after.figures[figure].value
+        for figure in ("knowing", "doing", "controls", "auc"):
+            found[f"{prefix}natural_{figure}_{name}"] = before.figures[figure].value
+    made = {stage: sum(acts(one) for one in some) / len(some) for stage, some in results.items()}
+    found[f"{prefix}grounding_ratio"] = made["aligned"] / made["natural"]
+    details: dict[str, Any] = {}
+    for stage, some in results.items():
+        for one in some:
+            estimates = {key: _estimate(value) for key, value in one.figures.items()}
+            details[f"{prefix}{stage}_{one.skill}"] = {
+                "figures": estimates,
+                "p_values": dict(one.p_values),
+                "errors": dict(one.errors),
+                "dropped_turns": one.dropped,
+            } | ({"by_service": by_tag(world, one, n)} if prefix else {"by_tool": by_tag(world, one, n)})
+    return found, details
+
+
+def acts(result: SkillResult) -> float:
+    """Return the share of positives whose reply makes the skill's move, rightly or not."""
+    move = skills.load(result.skill).MOVE
+    due = [row for row in result.rows if row.positive]
+    return sum(row.move == move for row in due) / len(due)
+
+
+TAGS = ("seen_service", "unseen_service", "seen_tool", "unseen_tool")
+
+
+def by_tag(world: World, result: SkillResult, n: int) -> dict[str, Any]:
+    """Return doing and controls of the cases whose service or tool was in training, and of those whose was not."""
+    tags = {case.id: case.tags for case in skills.load(result.skill).cases(world, "heldout", n)}
+    found = {}
+    for tag in TAGS:
+        for kind, positive in (("doing", True), ("controls", False)):
+            rows = [row for row in result.rows if row.positive == positive and tag in tags[row.id]]
+            if rows:
+                found[f"{kind}_{tag}"] = {"value": round(sum(row.right for row in rows) / len(rows), 4), "n": len(rows)}
+    return found
+
+
+def _estimate(one: Any) -> dict[str, Any]:
+    ends = [None if end != end else round(end, 4) for end in (one.low, one.high)]
+    return {"value": round(one.value, 4), "interval": ends, "n": one.n}
+
+
+def undoable(before: SpectralModel, after: SpectralModel, k: int | None) -> float:
+    """Return the share of |W2 - W1|^2, over all adaptable matrices, that diagonal offsets on the top k directions of W2
+    can undo: the sum of squares of the diagonal of U_k^T (W1 - W2) V_k over the squared norm. None: all directions."""
+    kept, total = 0.0, 0.0
+    earlier = adaptable(before.hf)[0]
+    for name, (module, _) in adaptable(after.hf)[0].items():
+        now, then = weight_of(module).double(), weight_of(earlier[name][0]).double()
+        u, _, v = torch.linalg.svd(now, full_matrices=False)
+        diagonal = einsum(u, then - now, v, "o r, o i, r i -> r")
+        kept += float(diagonal[:k].square().sum())
+        total += float((then - now).square().sum())
+    return kept / total
+
+
+def main(
+    sgd: str | None = None,
+    n: int = 500,
+    n_sgd: int = 300,
+    natural: str = str(NATURAL),
+    aligned: str = "harbor",
+    output: str = str(RESULT),
+) -> None:
+    """Measure both stages and print what the gate says.
+
+    Args:
+        sgd: folder of the Schema-Guided Dialogue data; without it real dialogues are not measured again.
+        n: cases a skill in the town.
+        n_sgd: cases a skill in the real dialogues.
+        natural: folder of stage 1.
+        aligned: stage 2.
+        output: where the figures are written.
+    """
+    began = time.monotonic()
+    stages = {"natural": SpectralModel.from_pretrained(natural), "aligned": SpectralModel.from_pretrained(aligned)}
+    town = worlds.load("town")
+    figures, details = gate(stages, town, n, "")
+    timed = time.monotonic()
+    knowing_doing(stages["aligned"], town, n=200, progress=True)
+    figures["bench_seconds"] = time.monotonic() - timed
+    cases = {name: skills.load(name).cases(town, "heldout", 200, seed=1) for name in FAMILIES}
+    for stage, model in stages.items():
+        details[f"{stage}_probe"] = [round(one, 4) for one in probe(model, cases)]
+        both = measure(model, "composite", skills.load("composite").cases(town, "heldout", 200))
+        details[f"{stage}_composite"] = {key: _estimate(value) for key, value in both.figures.items()}
+    figures["undone_by_diagonal_k64"] = undoable(stages["natural"], stages["aligned"], 64)
+    figures["undone_by_diagonal_full"] = undoable(stages["natural"], stages["aligned"], None)
+    place = Path(output)
+    if sgd is not None:
+        real, more = gate(stages, worlds.load("sgd", sgd), n_sgd, "sgd_")
+        figures, details = figures | real, details | more
+    elif place.is_file():
+        old = json.loads(place.read_text())
+        figures = {key: value for key, value in old["figures"].items() if key.startswith("sgd_")} | figures
+        details = {key: value for key, value in old["details"].items() if key.startswith("sgd_")} | details
+    show(figures)
+    document = {
+        "figures": {key: round(value, 4) for key, value in sorted(figures.items())},
+        "bars": {key: {"op": op, "value": bar} for key, (op, bar) in expanded(figures).items()},
+        "details": details,
+        "n": {"town": n, "sgd": n_sgd},
+        "seed": 0,
+        "seconds": round(time.monotonic() - began),
+        "versions": versions(("svdexpert", "torch", "transformers")),
+        "machine": machine(),
+        "commit": commit(),
+        "command": "python -m benchmarks.harbor.gate " + " ".join(sys.argv[1:]),
+    }
+    with whole_file(place) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def expanded(figures: Mapping[str, float]) -> dict[str, tuple[str, float]]:
+    """Return the bar of every figure that has one."""
+    found = {}
+    for name in figures:
+        for prefix, bar in BARS.items():
+            skills_of = [f"{prefix}{skill}" for skill in FAMILIES] if prefix.endswith("_") else [prefix]
+            if name in skills_of:
+                found[name] = bar
+    return found
+
+
+def show(figures: Mapping[str, float]) -> None:
+    """Print the gate."""
+    bars = expanded(figures)
+    table = Table(title="harbor's gate")
+    for column in ("figure", "value", "bar", "met"):
+        table.add_column(column)
+    for name, value in sorted(figures.items()):
+        op, bar = bars.get(name, ("", 0.0))
+        met = "" if not op else "yes" if (value <= bar if op == "<=" else value >= bar) else "NO"
+        table.add_row(name, f"{value:.3f}", f"{op} {bar:g}" if op else "", met)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_command(main, "python -m benchmarks.harbor.gate")
