@@ -40,6 +40,8 @@ ATTACKS = {
     "attacks_peft_let_through": "let through by PEFT",
 }
 
+HARBOR = ("knowing", "doing", "controls", "auc")
+
 
 def number(value: float) -> str:
     """Return a figure as the README prints it: whole numbers as they are, others with three significant digits."""
@@ -70,9 +72,26 @@ def attacks_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def harbor_table(results: dict[str, Any]) -> str:
+    """Return the table of harbor_gate.json: stage 1 and stage 2, in the town and in real dialogues."""
+    figures = results["figures"]
+    lines = [
+        "| stage 1 -> stage 2 | knowing | doing | controls | AUC of the move |",
+        "|---|---|---|---|---|",
+    ]
+    for prefix, world in (("", "town"), ("sgd_", "real dialogues")):
+        for skill in ("clarify", "disagree", "call"):
+            pairs = [(f"{prefix}natural_{what}_{skill}", f"{prefix}{what}_{skill}") for what in HARBOR]
+            cells = [f"{figures[before]:.2f} -> {figures[after]:.2f}" for before, after in pairs]
+            lines.append(f"| {world}: {skill} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """Return the README with its tables made anew from the results."""
-    for name, table in (("speed", speed_table), ("attacks", attacks_table)):
+    for name, table in (("speed", speed_table), ("attacks", attacks_table), ("harbor_gate", harbor_table)):
+        if f"<!-- table: {name} -->" not in text:
+            continue
         made = table(json.loads((RESULTS / f"{name}.json").read_text()))
         block = f"<!-- table: {name} -->\n{made}\n<!-- /table -->"
         text = re.sub(rf"<!-- table: {name} -->.*?<!-- /table -->", lambda _, block=block: block, text, flags=re.S)

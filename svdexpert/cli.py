@@ -301,6 +301,8 @@ def knowing_doing(
         progress=sys.stderr.isatty(),
     )
     _show(report.knowing_doing_table(results))
+    if world == "sgd" and "disagree" in families:
+        _show("disagree: the dialogues are real, the user's claims were inserted")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model": model, "world": world, "split": split, "n": n, "seed": seed, "version": __version__}

@@ -122,7 +122,7 @@ Loss curves: `benchmarks/harbor/loss.png`; records: `natural.json` and `aligned.
 ## What it knows and does
 
 `python -m benchmarks.harbor.gate`, held-out split, greedy; town n = {n_town}, Schema-Guided Dialogue dev n = {n_sgd} a
-skill. Intervals are in `benchmarks/results/harbor_gate.json`.
+skill (there the claims are inserted into real dialogues). Intervals are in `benchmarks/results/harbor_gate.json`.
 
 {scores}
 
