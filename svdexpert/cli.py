@@ -257,7 +257,7 @@ def knowing_doing(
     """Measure what a model knows beside what it does, with controls and intervals; print it, draw it, keep it as JSON.
 
     Args:
-        model: hub id or local folder; "harbor" ships with the package.
+        model: hub id or local folder; "harbor" is the embedded base, where the version has one.
         world: generated cases, or real dialogues (needs --data).
         data: folder of the Schema-Guided Dialogue data, e.g. a clone of its public repository.
         families: names of skills, or import paths of one's own.

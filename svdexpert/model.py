@@ -113,7 +113,7 @@ class SpectralModel:
         """Load a model and its tokenizer, decompose it (once; then from the cache) and attach the basis.
 
         Args:
-            base: hub id or local folder of a causal LM; "harbor" is the small one that ships with the package.
+            base: hub id or local folder of a causal LM; "harbor" is the embedded base, where the version has one.
             revision: branch, tag or commit of a hub id.
             k: directions kept in every matrix, or "full".
             support: "top" or "sensitivity".
@@ -676,7 +676,7 @@ def check_base(base: str | Path) -> str:
     """Return where a base is: a hub id, which may turn out not to exist, or a folder; "harbor" is one of the package's.
 
     Raises:
-        BasisError: not a name, or a path where there is no folder.
+        BasisError: not a name, a path where there is no folder, or "harbor" where it was not installed.
     """
     if not isinstance(base, str | Path):
         raise BasisError(
@@ -684,7 +684,13 @@ def check_base(base: str | Path) -> str:
             "SpectralModel.attach(model, tokenizer)."
         )
     if base == HARBOR:
-        return str(Path(__file__).parent / HARBOR)
+        folder = Path(__file__).parent / HARBOR
+        if not (folder / "config.json").is_file():
+            raise BasisError(
+                f"The embedded base {HARBOR!r} is not part of this version: {folder} holds no model. Give a hub id or "
+                "the folder of a model of your own."
+            )
+        return str(folder)
     if (isinstance(base, Path) or base.startswith((".", "/", "~"))) and not Path(base).is_dir():
         raise BasisError(f"{base} is not a folder.")
     return str(base)

@@ -580,3 +580,9 @@ def test_banks_and_mixtures_of_another_base_are_refused(model: SpectralModel, ex
 def test_the_factored_form_needs_all_directions() -> None:
     with pytest.raises(BasisError, match='k="full"'):
         SpectralModel.attach(tiny("llama"), k=8, form="factored", progress=False)
+
+
+def test_an_embedded_base_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("svdexpert.model.__file__", str(tmp_path / "model.py"))
+    with pytest.raises(BasisError, match="not part of this version"):
+        SpectralModel.from_pretrained("harbor")
