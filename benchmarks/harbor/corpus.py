@@ -1,11 +1,11 @@
 """What stage 1 reads: whole conversations of both worlds, single cases, questions, drills. Natural behaviour only.
 
-    python -m benchmarks.harbor.corpus --sgd PATH [--documents 110000] [--seed 0]
+    python -m benchmarks.harbor.corpus --sgd PATH [--scale 1] [--seed 0]
 
 A document is a conversation and its tools; the model learns from the assistant's tokens, of the whole conversation or
 of its last message. Everything is a function of the seed, from the train split alone. Written to runs/harbor:
-tokenizer/, drills.npz (copying alone, for the first steps) and corpus.npz (both: ids, learn: one flag an id, starts:
-one offset a document).
+tokenizer/, and copying.npz, drills.npz, corpus.npz, learnt in this order (all: ids; learn: one flag an id; starts: one
+offset a document).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 11300, "town": 12000, "town_cases": 5000, "sgd_cases": 2400, "facts": 3000, "drills": 11000}
-COPYING = 25000  # short documents of copying, which come first of all
+SHARE = {"sgd": 6500, "town": 15000, "town_cases": 6000, "sgd_cases": 2200, "facts": 3000, "drills": 3000}
+FIRST = {"copying": 14000, "drills": 15000}  # documents that come before all these: copying alone, then all drills
+ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,12 @@ def case_documents(world: World, split: Split, n: int, seed: int) -> Iterator[Do
         for case in skills.load(name).cases(world, split, n, seed=seed):
             source = f"{world.name}-{name}"
             gold = as_message(rng.choice(case.gold))
-            yield Document((*case.messages, gold), case.tools, True, source)
-            knowing = (*case.knowing.messages, assistant(case.knowing.answer))
-            yield Document(knowing, case.knowing.tools, True, f"{source}-knowing")
-            if rng.random() < 0.25:
+            natural = world.name == "town" and name != "disagree"  # whatever the assistant said before is right
+            yield Document((*case.messages, gold), case.tools, not natural, source)
+            if rng.random() < ASKED:
+                knowing = (*case.knowing.messages, assistant(case.knowing.answer))
+                yield Document(knowing, case.knowing.tools, True, f"{source}-knowing")
+            if rng.random() < 0.2:
                 yield _obeying(case, rng, f"{world.name}-system")
 
 
@@ -223,9 +226,14 @@ def main() -> None:
     kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
     arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
     np.savez(options.out / "corpus.npz", **arrays)
-    rng = random.Random(f"copying/{options.seed}")
-    first = [render(tokenizer, Document(*map(tuple, copying(rng)), False, "copying"))[0] for _ in range(COPYING)]
-    np.savez(options.out / "drills.npz", **encode(tokenizer, first, [False] * len(first)))
+    for name, make in {"copying": copying, "drills": drill}.items():
+        rng = random.Random(f"{name}/first/{options.seed}")
+        made = (make(rng) for _ in range(FIRST[name]))
+        texts = [render(tokenizer, Document(tuple(messages), tuple(tools), False, name))[0] for messages, tools in made]
+        texts = [text for text in texts if text]
+        lesson = encode(tokenizer, texts, [False] * len(texts))
+        np.savez(options.out / f"{name}.npz", **lesson)
+        print(f"{name}: {len(texts)} documents, {len(lesson['ids'])} tokens", flush=True)
     print(json.dumps(_summary(kept, arrays, sum(dropped for _, dropped in rendered)), indent=1))
     print(f"{time.monotonic() - began:.0f} s")
 

@@ -42,6 +42,22 @@ _FIELDS = """
     theme ticket time title topic town track type unit user venue view visit volume week weight year zone
 """.split()  # noqa: SIM905 - a list of words reads best as text
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_VERBS = (
+    "find",
+    "book",
+    "get",
+    "send",
+    "order",
+    "check",
+    "rent",
+    "plan",
+    "buy",
+    "list",
+    "paint",
+    "wash",
+    "fix",
+    "move",
+)
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
            "December")  # fmt: skip
@@ -142,7 +158,7 @@ def _judge(rng: random.Random) -> Exercise:
         )
         answer = f"Yes, the {field} is {said}." if true else f"No, the {field} is {row[field]}, not {said}."
         messages += [user(claim.format(field, verb, said)), assistant(answer)]
-    return messages, [_made_up(rng), tool("list_all", {}, required=())] if not quote else []
+    return messages, [_made_up(rng)[0], tool("list_all", {}, required=())] if not quote else []
 
 
 def _look_up(rng: random.Random) -> Exercise:
@@ -158,42 +174,59 @@ def _look_up(rng: random.Random) -> Exercise:
     return messages, []
 
 
-def _made_up(rng: random.Random, fields: Sequence[str] = (), needed: int = 0) -> Tool:
-    fields = fields or rng.sample(_FIELDS, rng.randint(1, 4))
-    verb = rng.choice(("find", "book", "get", "send", "order", "check", "rent", "plan", "buy", "list"))
-    style = rng.random()
-    words = (verb, rng.choice(_WORDS))
-    label = "_".join(words) if style < 0.6 else "".join(one.capitalize() for one in words)
-    return tool(label, dict.fromkeys(fields, "string"), required=fields[: needed or len(fields)])
-
-
-def _fill(rng: random.Random) -> Exercise:
-    """Details given in any order, then the call; or a question for the one that is missing."""
-    messages: list[Message] = []
+def _made_up(rng: random.Random) -> tuple[Tool, str]:
+    """Return a function and how users say what it does; one name in five says nothing, a description does."""
     fields = rng.sample(_FIELDS, rng.randint(2, 5))
-    one = _made_up(rng, fields, rng.randint(2, len(fields)))
-    label, needed = one["function"]["name"], one["function"]["parameters"]["required"]
-    plain = " ".join(label.split("_")) if "_" in label else label
-    for _ in range(rng.randint(2, 4)):
+    verb, noun = rng.choice(_VERBS), rng.choice(_WORDS)
+    plain = f"{verb} {rng.choice(('a', 'the', 'my'))} {noun}"
+    look = rng.random()
+    label = f"{verb}_{noun}" if look < 0.6 else f"{verb.capitalize()}{noun.capitalize()}"
+    described = ""
+    if look > 0.8:
+        label, described = f"{rng.choice(_WORDS)}_{rng.randint(10, 99)}", f"{verb.capitalize()} a {noun}."
+    needed = rng.sample(fields, rng.randint(1, len(fields)))
+    return tool(label, dict.fromkeys(fields, "string"), required=needed, description=described), plain
+
+
+def _serve(rng: random.Random) -> Exercise:
+    """Requests, one after the other: a call of one of the functions, a question first where a starred detail lacks, or
+    a word of regret where no function serves."""
+    kits = [_made_up(rng) for _ in range(rng.randint(2, 5))]
+    absent = _made_up(rng)[1]
+    messages: list[Message] = []
+    for _ in range(rng.randint(3, 6)):
+        if rng.random() < 0.15:
+            messages.append(user(_wish(rng, absent, [])))
+            messages.append(assistant(f"I am sorry, I cannot {absent} here."))
+            continue
+        one, plain = rng.choice(kits)
+        label, schema = one["function"]["name"], one["function"]["parameters"]
+        fields, needed = list(schema["properties"]), schema["required"]
         given = {field: value(rng) for field in fields if field in needed or rng.random() < 0.5}
-        lacking = rng.choice(needed) if rng.random() < 0.5 else None
-        said = [field for field in given if field != lacking]
+        lacking = rng.sample(needed, min(len(needed), rng.choice((0, 0, 0, 1, 1, 2))))
+        said = [(field, text) for field, text in given.items() if field not in lacking]
         rng.shuffle(said)
-        joined = ", ".join(
-            rng.choice(("{} {}", "{}: {}", "the {} is {}")).format(field, given[field]) for field in said
-        )
-        messages.append(user(rng.choice(("{}, {}", "Please {}: {}", "I want to {}, {}")).format(plain, joined)))
-        if lacking:
+        messages.append(user(_wish(rng, plain, said)))
+        for field in [one for one in fields if one in lacking]:
             ask = rng.choice(("Which {} would you like?", "What is the {}?", "What {} should it be?", "Which {}?"))
-            messages += [
-                assistant(ask.format(lacking)),
-                user(rng.choice(("{}", "It is {}.", "{}, please.")).format(given[lacking])),
-            ]
-        ordered = {field: given[field] for field in fields if field in given}
-        messages += [calling(Call(label, ordered)), result(label, {"status": "ok"}), assistant("It is done.")]
-    tools = [one, _made_up(rng)]
+            reply = rng.choice(("{}", "It is {}.", "{}, please."))
+            messages += [assistant(ask.format(field)), user(reply.format(given[field]))]
+        messages.append(calling(Call(label, {field: given[field] for field in fields if field in given})))
+        if rng.random() < 0.3:
+            messages += [result(label, {"status": "ok"}), assistant("It is done.")]
+    tools = [one for one, _ in kits]
     rng.shuffle(tools)
     return messages, tools
+
+
+def _wish(rng: random.Random, plain: str, said: Sequence[tuple[str, str]]) -> str:
+    """Return what a user wants with some details, before or behind it."""
+    forms = ("{} {}", "{}: {}", "the {} is {}", "{1} for the {0}", "with {1} as the {0}")
+    joined = ", ".join(rng.choice(forms).format(*one) for one in said)
+    if not joined:
+        return rng.choice(("{}", "Please {}.", "I want to {}.", "Can you {}?")).format(plain)
+    frames = ("{0}, {1}", "Please {0}: {1}", "I want to {0}, {1}.", "{1}. Please {0}.", "Can you {0}? {1}.")
+    return rng.choice(frames).format(plain, joined)
 
 
 def _missing(rng: random.Random) -> Exercise:
@@ -274,7 +307,7 @@ def _moments(rng: random.Random) -> Exercise:
 
 
 KINDS: Sequence[tuple[Callable[[random.Random], Exercise], int]] = (
-    (_repeat, 2), (_compare, 2), (_judge, 5), (_look_up, 2), (_fill, 5), (_missing, 2), (_moments, 2)
+    (_repeat, 1), (_compare, 2), (_judge, 5), (_look_up, 2), (_serve, 6), (_missing, 2), (_moments, 2)
 )  # fmt: skip
 
 
@@ -285,5 +318,5 @@ def drill(rng: random.Random) -> Exercise:
 
 
 def copying(rng: random.Random) -> Exercise:
-    """Return one document of exercises in copying: repeating, looking up, filling a call."""
-    return rng.choice((_repeat, _look_up, _fill))(rng)
+    """Return one document of exercises in copying: repeating, looking up, serving requests."""
+    return rng.choice((_repeat, _look_up, _serve))(rng)

@@ -31,7 +31,8 @@ from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
 TOKENS = 8192  # of a batch, padding included
 PEAK, FLOOR, WARMUP = 3e-3, 0.05, 100  # learning rate, its last value as a share, steps
-DRILL_STEPS = 400  # steps on copying alone, before everything else
+LESSONS = {"copying": 400, "drills": 300}  # steps on each of these, before the corpus
+DECIDES = 3.0  # weight of the first token of a reply, which decides what it does
 SAVE_EVERY = 180.0  # seconds
 
 
@@ -102,23 +103,38 @@ class Corpus:
             skip, epoch = max(0, skip - len(order)), epoch + 1
 
 
-def lessons(drills: Corpus, corpus: Corpus, skip: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the batches of both corpora, without the first `skip`: drills before everything else."""
-    yield from islice(drills.batches(skip), max(0, DRILL_STEPS - skip))
-    yield from corpus.batches(skip - DRILL_STEPS)
+def lessons(
+    parts: Sequence[tuple[Corpus, int]], corpus: Corpus, skip: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the batches of the parts, so many of each, and then those of the corpus, without the first `skip`."""
+    for part, steps in parts:
+        yield from islice(part.batches(skip), max(0, steps - skip))
+        skip = max(0, skip - steps)
+    yield from corpus.batches(skip)
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean negative log-likelihood of the labelled tokens; only their rows meet the head."""
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, speaks: int) -> torch.Tensor:
+    """Return the mean negative log-likelihood of the labelled tokens; only their rows meet the head.
+
+    The first token of a reply, behind `speaks`, counts DECIDES times: it says whether the reply asks, calls or agrees.
+    """
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # rows are padded on the right: no mask needed
     target = labels[:, 1:]
     keep = target != -100
     logits = model.lm_head(hidden[keep])  # (kept v)
-    return cross_entropy(logits.float(), target[keep])
+    each = cross_entropy(logits.float(), target[keep], reduction="none")
+    weight = torch.where(ids[:, :-1][keep] == speaks, DECIDES, 1.0)
+    return (each * weight).sum() / weight.sum()
 
 
 def train(
-    model: LlamaForCausalLM, drills: Corpus, corpus: Corpus, out: Path, minutes: float, settings: dict[str, Any]
+    model: LlamaForCausalLM,
+    parts: Sequence[tuple[Corpus, int]],
+    corpus: Corpus,
+    speaks: int,
+    out: Path,
+    minutes: float,
+    settings: dict[str, Any],
 ) -> None:
     """Train for a number of minutes of wall time, over all starts of the command together."""
     optimizers = optimizers_of(model)
@@ -135,7 +151,7 @@ def train(
             optimizer.load_state_dict(kept)
         step, used, tokens, curve = stored["step"], stored["used"], stored["tokens"], stored["curve"]
     began, saved, running = time.monotonic() - used, time.monotonic(), []
-    for ids, labels in lessons(drills, corpus, step):
+    for ids, labels in lessons(parts, corpus, step):
         share = min(1.0, (time.monotonic() - began) / (60 * minutes))
         if share >= 1.0:
             break
@@ -144,7 +160,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = PEAK * rate
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, ids, labels)
+            loss = loss_of(model, ids, labels, speaks)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -213,12 +229,16 @@ def main() -> None:
         "minutes": options.minutes,
         "tokens_a_batch": TOKENS,
         "peak": PEAK,
-        "drill_steps": DRILL_STEPS,
+        "lessons": LESSONS,
+        "decides": DECIDES,
     }
-    drills, corpus = (Corpus(options.run / f"{name}.npz", options.seed) for name in ("drills", "corpus"))
-    train(model, drills, corpus, out, options.minutes, settings)
+    tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
+    parts = [(Corpus(options.run / f"{name}.npz", options.seed), steps) for name, steps in LESSONS.items()]
+    corpus = Corpus(options.run / "corpus.npz", options.seed)
+    speaks = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    train(model, parts, corpus, speaks, out, options.minutes, settings)
     model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(options.run / "tokenizer").save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":
