@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
-from scipy.special import expit
-from scipy.stats import rankdata
 
+from svdexpert import skills
 from svdexpert.errors import WorldError
 from svdexpert.reply import read
 from svdexpert.skills import check_tool, find_tool, required
+from svdexpert.statistics import auc, bag_of_words_auc
 from svdexpert.worlds import (
     SPLITS,
     Claim,
@@ -27,7 +26,6 @@ from svdexpert.worlds import (
     Message,
     Request,
     RequestKind,
-    Scene,
     Split,
     Tool,
     town,
@@ -322,65 +320,24 @@ def free_values(scene: Any) -> set[str]:
 
 
 def test_wording_does_not_tell_false_from_true(world: Town) -> None:
-    cases = {split: claims(world, split, 1200) for split in ("train", "heldout")}
-    auc = bag_of_words_auc(cases["train"], cases["heldout"])
-    print(f"bag of words, false against true and update: AUC {auc:.3f}")
-    assert 0.35 <= auc <= 0.65
-
-
-def claims(world: Town, split: Split, n: int) -> list[tuple[str, bool]]:
-    parts = [("false", n), ("true", n // 2), ("update", n // 2)]
-    scenes: list[Scene] = [scene for kind, size in parts for scene in world.claims(split, size, kind=kind, seed=7)]  # type: ignore[arg-type]
-    return [(scene.messages[-1]["content"], scene.kind == "false") for scene in scenes if isinstance(scene, Claim)]
+    skill = skills.load("disagree")
+    words = bag_of_words_auc(*(skill.cases(world, split, 2400, seed=7) for split in ("train", "heldout")))
+    print(f"bag of words, false against true and update: AUC {words:.3f}")
+    assert 0.35 <= words <= 0.65
 
 
 def test_length_does_not_tell_complete_from_incomplete(world: Town) -> None:
     """Words may tell: a missing day leaves no weekday. Length and number of turns may not."""
-    cases: dict[str, list[tuple[str, bool]]] = {}
-    means: dict[str, list[float]] = {}
-    for split in ("train", "heldout"):
-        cases[split] = []
-        for kind in ("complete", "incomplete"):
-            scenes = world.requests(split, 800, kind=kind, seed=7)  # type: ignore[arg-type]
-            cases[split] += [(scene.messages[-1]["content"], kind == "incomplete") for scene in scenes]
-            means.setdefault(kind, []).append(float(np.mean([len(users(scene.messages).split()) for scene in scenes])))
-            means.setdefault(f"turns of {kind}", []).append(float(np.mean([len(scene.messages) for scene in scenes])))
-    print({key: [round(value, 2) for value in pair] for key, pair in means.items()})
+    skill = skills.load("clarify")
+    cases = {split: skill.cases(world, split, 1600, seed=7) for split in ("train", "heldout")}
     print(f"bag of words, incomplete against complete: AUC {bag_of_words_auc(cases['train'], cases['heldout']):.3f}")
-    lengths = np.array([len(text) for text, _ in cases["heldout"]], dtype=float)
-    auc = area(lengths, np.array([label for _, label in cases["heldout"]]))
-    print(f"length alone: AUC {auc:.3f}")
-    assert 0.4 < auc < 0.6
-    assert means["turns of complete"] == pytest.approx(means["turns of incomplete"], abs=0.25)
-
-
-def bag_of_words_auc(train: Sequence[tuple[str, bool]], test: Sequence[tuple[str, bool]]) -> float:
-    """Return the test AUC of a logistic regression on which words occur."""
-    counts = Counter(word for text, _ in train for word in set(re.findall(r"\w+", text.lower())))
-    index = {word: place for place, word in enumerate(sorted(w for w, count in counts.items() if count >= 3))}
-
-    def matrix(cases: Sequence[tuple[str, bool]]) -> np.ndarray:
-        rows = np.zeros((len(cases), len(index) + 1))
-        rows[:, -1] = 1
-        for row, (text, _) in zip(rows, cases, strict=True):
-            row[[index[word] for word in set(re.findall(r"\w+", text.lower())) if word in index]] = 1
-        return rows
-
-    x, y = matrix(train), np.array([label for _, label in train], dtype=float)
-
-    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
-        z = x @ w
-        value = np.logaddexp(0, z).sum() - y @ z + 0.5 * w @ w
-        return float(value), x.T @ (expit(z) - y) + w
-
-    w = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 100}).x
-    return area(matrix(test) @ w, np.array([label for _, label in test]))
-
-
-def area(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the area under the ROC curve."""
-    ranks, good = rankdata(scores), labels.astype(bool)
-    return float((ranks[good].sum() - good.sum() * (good.sum() + 1) / 2) / (good.sum() * (~good).sum()))
+    for some in cases.values():
+        parts = [[case for case in some if case.positive is positive] for positive in (True, False)]
+        lengths = [[float(len(case.messages[-1]["content"])) for case in part] for part in parts]
+        print(f"length alone: AUC {auc(*lengths):.3f}")
+        assert 0.4 < auc(*lengths) < 0.6
+        turns = [float(np.mean([len(case.messages) for case in part])) for part in parts]
+        assert turns[0] == pytest.approx(turns[1], abs=0.25)
 
 
 def test_enough_scenes_fast_enough(world: Town) -> None:
