@@ -106,11 +106,11 @@ def loss_of(
         preference = -logsigmoid(reward[:n] - reward[n:]).mean()
         likelihood = -(after[:n] / length[:n]).mean()
         total = preference + ANCHOR * likelihood
-        parts = {"preference": float(preference), "likelihood": float(likelihood)}
+        parts = {"preference": preference.item(), "likelihood": likelihood.item()}
     ids, labels = rows(tokenizer, kept)
     same, length = logprobs(model, ids, labels)
     keep = -(same / length).mean()
-    return total + ANCHOR * keep, parts | {"kept": float(keep)}
+    return total + ANCHOR * keep, parts | {"kept": keep.item()}
 
 
 def train(

@@ -34,7 +34,10 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 6500, "town": 15000, "town_cases": 6000, "sgd_cases": 2200, "facts": 3000, "drills": 3000}
+SHARES = {
+    "dialogues": {"sgd": 6500, "town": 15000, "town_cases": 6000, "sgd_cases": 2200, "facts": 3000, "drills": 3000},
+    "service": {"sgd": 3500, "town": 26000, "town_cases": 2500, "sgd_cases": 1000, "facts": 6000, "drills": 3000},
+}
 FIRST = {"copying": 14000, "drills": 15000}  # documents that come before all these: copying alone, then all drills
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
@@ -215,17 +218,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of documents of every source")
     options = parser.parse_args()
-    share = {name: 2 * round(count * options.scale / 2) for name, count in SHARE.items()}
     began = time.monotonic()
-    everything = list(documents(SchemaGuided(options.sgd), Town(), share, options.seed))
-    random.Random(options.seed).shuffle(everything)
-    print(f"{len(everything)} documents, {time.monotonic() - began:.0f} s", flush=True)
-    tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])
+    sgd, town = SchemaGuided(options.sgd), Town()
+    parts: dict[str, list[Document]] = {}
+    for number, (name, share) in enumerate(SHARES.items()):
+        scaled = {source: 2 * round(count * options.scale / 2) for source, count in share.items()}
+        parts[name] = list(documents(sgd, town, scaled, options.seed + number))
+        random.Random(options.seed + number).shuffle(parts[name])
+        print(f"{name}: {len(parts[name])} documents, {time.monotonic() - began:.0f} s", flush=True)
+    tokenizer = train_tokenizer(_plain(one) for one in parts["dialogues"][:20000])
     tokenizer.save_pretrained(options.out / "tokenizer")
-    rendered = [render(tokenizer, one) for one in everything]
-    kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
-    arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
-    np.savez(options.out / "corpus.npz", **arrays)
+    for name, everything in parts.items():
+        rendered = [render(tokenizer, one) for one in everything]
+        kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
+        arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
+        np.savez(options.out / f"{name}.npz", **arrays)
+        print(name, json.dumps(_summary(kept, arrays, sum(dropped for _, dropped in rendered)), indent=1), flush=True)
     for name, make in {"copying": copying, "drills": drill}.items():
         rng = random.Random(f"{name}/first/{options.seed}")
         made = (make(rng) for _ in range(FIRST[name]))
@@ -234,7 +242,6 @@ def main() -> None:
         lesson = encode(tokenizer, texts, [False] * len(texts))
         np.savez(options.out / f"{name}.npz", **lesson)
         print(f"{name}: {len(texts)} documents, {len(lesson['ids'])} tokens", flush=True)
-    print(json.dumps(_summary(kept, arrays, sum(dropped for _, dropped in rendered)), indent=1))
     print(f"{time.monotonic() - began:.0f} s")
 
 

@@ -16,7 +16,6 @@ figures that an earlier run has of them are kept as they were. All figures are o
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,7 +120,8 @@ def undoable(before: SpectralModel, after: SpectralModel, k: int | None) -> floa
     kept, total = 0.0, 0.0
     earlier = adaptable(before.hf)[0]
     for name, (module, _) in adaptable(after.hf)[0].items():
-        now, then = weight_of(module).double(), weight_of(earlier[name][0]).double()
+        with weight_of(module) as new, weight_of(earlier[name][0]) as old:
+            now, then = new.double(), old.double()
         u, _, v = torch.linalg.svd(now, full_matrices=False)
         diagonal = einsum(u, then - now, v, "o r, o i, r i -> r")
         kept += float(diagonal[:k].square().sum())
@@ -180,7 +180,7 @@ def main(
         "versions": versions(("svdexpert", "torch", "transformers")),
         "machine": machine(),
         "commit": commit(),
-        "command": "python -m benchmarks.harbor.gate " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.harbor.gate --sgd PATH --n {n} --n_sgd {n_sgd}",
     }
     with whole_file(place) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
