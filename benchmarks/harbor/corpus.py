@@ -4,8 +4,8 @@
 
 A document is a conversation and its tools; the model learns from the assistant's tokens, of the whole conversation or
 of its last message. Everything is a function of the seed, from the train split alone. Written to runs/harbor:
-tokenizer/, and copying.npz, drills.npz, corpus.npz, learnt in this order (all: ids; learn: one flag an id; starts: one
-offset a document).
+tokenizer/, a file for each lesson of drills, and corpus.npz (all: ids; learn: one flag an id; starts: one offset a
+document).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.harbor.drills import copying, drill
+from benchmarks.harbor.drills import drill
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
 from svdexpert import skills
 from svdexpert.reply import read
@@ -34,11 +34,8 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARES = {
-    "dialogues": {"sgd": 6500, "town": 15000, "town_cases": 6000, "sgd_cases": 2200, "facts": 3000, "drills": 3000},
-    "service": {"sgd": 3500, "town": 26000, "town_cases": 2500, "sgd_cases": 1000, "facts": 6000, "drills": 3000},
-}
-FIRST = {"copying": 14000, "drills": 15000}  # documents that come before all these: copying alone, then all drills
+SHARE = {"sgd": 5500, "town": 30000, "town_cases": 3000, "sgd_cases": 1500, "facts": 6000, "drills": 9000}
+FIRST = {"copying": 13000, "comparing": 4000, "judging": 6000, "serving": 8000, "drills": 4000}  # documents a lesson
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
 
@@ -219,29 +216,19 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of documents of every source")
     options = parser.parse_args()
     began = time.monotonic()
-    sgd, town = SchemaGuided(options.sgd), Town()
-    parts: dict[str, list[Document]] = {}
-    for number, (name, share) in enumerate(SHARES.items()):
-        scaled = {source: 2 * round(count * options.scale / 2) for source, count in share.items()}
-        parts[name] = list(documents(sgd, town, scaled, options.seed + number))
-        random.Random(options.seed + number).shuffle(parts[name])
-        print(f"{name}: {len(parts[name])} documents, {time.monotonic() - began:.0f} s", flush=True)
-    tokenizer = train_tokenizer(_plain(one) for one in parts["dialogues"][:20000])
+    share = {source: 2 * round(count * options.scale / 2) for source, count in SHARE.items()}
+    everything = list(documents(SchemaGuided(options.sgd), Town(), share, options.seed))
+    random.Random(options.seed).shuffle(everything)
+    print(f"{len(everything)} documents, {time.monotonic() - began:.0f} s", flush=True)
+    tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])
     tokenizer.save_pretrained(options.out / "tokenizer")
-    for name, everything in parts.items():
-        rendered = [render(tokenizer, one) for one in everything]
-        kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
-        arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
-        np.savez(options.out / f"{name}.npz", **arrays)
-        print(name, json.dumps(_summary(kept, arrays, sum(dropped for _, dropped in rendered)), indent=1), flush=True)
-    for name, make in {"copying": copying, "drills": drill}.items():
-        rng = random.Random(f"{name}/first/{options.seed}")
-        made = (make(rng) for _ in range(FIRST[name]))
-        texts = [render(tokenizer, Document(tuple(messages), tuple(tools), False, name))[0] for messages, tools in made]
-        texts = [text for text in texts if text]
-        lesson = encode(tokenizer, texts, [False] * len(texts))
-        np.savez(options.out / f"{name}.npz", **lesson)
-        print(f"{name}: {len(texts)} documents, {len(lesson['ids'])} tokens", flush=True)
+    for lesson, number in FIRST.items():
+        rng = random.Random(f"{lesson}/first/{options.seed}")
+        made = (drill(rng, lesson) for _ in range(round(number * options.scale)))
+        write(
+            options.out, lesson, tokenizer, [Document(tuple(said), tuple(tools), False, lesson) for said, tools in made]
+        )
+    write(options.out, "corpus", tokenizer, everything)
     print(f"{time.monotonic() - began:.0f} s")
 
 
@@ -257,21 +244,25 @@ def _plain(document: Document) -> str:
     return "\n".join(lines)
 
 
-def _summary(
-    kept: Sequence[tuple[str, Document]], arrays: dict[str, np.ndarray[Any, Any]], dropped: int
-) -> dict[str, Any]:
+def write(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast, everything: Sequence[Document]) -> None:
+    """Write the documents that fit the context, and print what they are."""
+    rendered = [render(tokenizer, one) for one in everything]
+    kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
+    arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
+    np.savez(folder / f"{name}.npz", **arrays)
     lengths = np.diff(arrays["starts"])
     tokens: Counter[str] = Counter()
     for (_, one), length in zip(kept, lengths, strict=True):
         tokens[one.source] += int(length)
-    return {
+    summary = {
         "documents": len(kept),
         "tokens": int(lengths.sum()),
         "learnt": int(arrays["learn"].sum()),
-        "turns_dropped": dropped,
+        "turns_dropped": sum(dropped for _, dropped in rendered),
         "length": [int(one) for one in np.percentile(lengths, [50, 90, 99])],
         "tokens_by_source": dict(tokens.most_common()),
     }
+    print(name, json.dumps(summary), flush=True)
 
 
 if __name__ == "__main__":

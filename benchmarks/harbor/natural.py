@@ -31,7 +31,7 @@ from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
 TOKENS = 8192  # of a batch, padding included
 PEAK, FLOOR, WARMUP = 3e-3, 0.05, 100  # learning rate, its last value as a share, steps
-LESSONS = {"copying": 400, "drills": 300, "dialogues": 720}  # steps on each of these, then "service" until the end
+LESSONS = {"copying": 350, "comparing": 80, "judging": 120, "serving": 220, "drills": 80}  # steps, then the corpus
 DECIDES = 3.0  # weight of the first token of a reply, which decides what it does
 SAVE_EVERY = 180.0  # seconds
 
@@ -196,8 +196,8 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def _schedule(share: float) -> float:
-    """Return the learning rate as a share of its peak: flat, then straight down in the second half of the time."""
-    return 1.0 if share < 0.5 else FLOOR + (1 - FLOOR) * (1 - share) / 0.5
+    """Return the learning rate as a share of its peak: flat, then straight down in the last 60 % of the time."""
+    return 1.0 if share < 0.4 else FLOOR + (1 - FLOOR) * (1 - share) / 0.6
 
 
 def _save(
@@ -234,7 +234,7 @@ def main() -> None:
     }
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
     parts = [(Corpus(options.run / f"{name}.npz", options.seed), steps) for name, steps in LESSONS.items()]
-    corpus = Corpus(options.run / "service.npz", options.seed)
+    corpus = Corpus(options.run / "corpus.npz", options.seed)
     speaks = tokenizer.convert_tokens_to_ids("<|assistant|>")
     train(model, parts, corpus, speaks, out, options.minutes, settings)
     model.to(torch.bfloat16).save_pretrained(out)
