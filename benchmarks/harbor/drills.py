@@ -215,9 +215,8 @@ def _serve(rng: random.Random) -> Exercise:
         rng.shuffle(said)
         messages.append(user(_wish(rng, plain, said)))
         for field in [one for one in fields if one in lacking]:
-            ask = rng.choice(("Which {} would you like?", "What is the {}?", "What {} should it be?", "Which {}?"))
             reply = rng.choice(("{}", "It is {}.", "{}, please."))
-            messages.append(assistant(f"Which {field}?" if simple else ask.format(field)))
+            messages.append(assistant(f"Which {field}?"))
             if not simple:
                 messages.append(user(reply.format(given[field])))
         if simple and lacking:
@@ -320,10 +319,10 @@ def _moments(rng: random.Random) -> Exercise:
 # What each lesson is made of, and how often. One ability at a time, and densely: comparing alone is learnt in 0.3 M
 # tokens, and was a toss of a coin after 15 M tokens of everything at once.
 LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]] = {
-    "copying": ((_repeat, 1), (_look_up, 1), (_serve, 1)),
-    "comparing": ((_compare, 4), (_repeat, 1)),
-    "judging": ((_judge, 3), (_compare, 1), (_look_up, 1)),
-    "serving": ((_serve, 5), (_missing, 2), (_judge, 1), (_compare, 1)),
+    "copying": ((_repeat, 1), (_look_up, 1)),
+    "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 1)),
+    "judging": ((_judge, 4), (_compare, 2), (_repeat, 1), (_look_up, 1)),
+    "serving": ((_serve, 6), (_judge, 1), (_compare, 1), (_repeat, 1)),
     "drills": ((_repeat, 1), (_compare, 2), (_judge, 4), (_look_up, 1), (_serve, 6), (_missing, 2), (_moments, 2)),
 }
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
 TOKENS = 8192  # of a batch, padding included
 PEAK, FLOOR, WARMUP = 3e-3, 0.05, 100  # learning rate, its last value as a share, steps
-LESSONS = {"copying": 350, "comparing": 80, "judging": 120, "serving": 220, "drills": 80}  # steps, then the corpus
+LESSONS = ("copying", "comparing", "judging", "serving", "drills")  # before the corpus, each until it is mastered
+MASTERED, SHORTEST, LONGEST = 0.95, 40, 450  # share of replies that begin rightly over 20 steps; steps a lesson
 DECIDES = 3.0  # weight of the first token of a reply, which decides what it does
 SAVE_EVERY = 180.0  # seconds
 
@@ -103,43 +104,53 @@ class Corpus:
             skip, epoch = max(0, skip - len(order)), epoch + 1
 
 
-def lessons(
-    parts: Sequence[tuple[Corpus, int]], corpus: Corpus, skip: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the batches of the parts, so many of each, and then those of the corpus, without the first `skip`."""
-    for part, steps in parts:
-        yield from islice(part.batches(skip), max(0, steps - skip))
-        skip = max(0, skip - steps)
-    yield from corpus.batches(skip)
-
-
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, speaks: int) -> torch.Tensor:
-    """Return the mean negative log-likelihood of the labelled tokens; only their rows meet the head.
+def loss_of(
+    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, speaks: int
+) -> tuple[torch.Tensor, float]:
+    """Return the mean negative log-likelihood of the labelled tokens, and the share of replies that begin rightly.
 
     The first token of a reply, behind `speaks`, counts DECIDES times: it says whether the reply asks, calls or agrees.
     """
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # rows are padded on the right: no mask needed
     target = labels[:, 1:]
     keep = target != -100
-    logits = model.lm_head(hidden[keep])  # (kept v)
-    each = cross_entropy(logits.float(), target[keep], reduction="none")
-    weight = torch.where(ids[:, :-1][keep] == speaks, DECIDES, 1.0)
-    return (each * weight).sum() / weight.sum()
+    logits = model.lm_head(hidden[keep])  # (kept v): only these rows meet the head
+    wanted, decides = target[keep], ids[:, :-1][keep] == speaks
+    each = cross_entropy(logits.float(), wanted, reduction="none")
+    weight = torch.where(decides, DECIDES, 1.0)
+    right = (logits[decides].argmax(-1) == wanted[decides]).float().mean().item()
+    return (each * weight).sum() / weight.sum(), right
+
+
+@dataclass
+class Progress:
+    """How far a run is; what a stop must not lose, beside the weights."""
+
+    step: int = 0
+    used: float = 0.0  # seconds
+    tokens: int = 0
+    lesson: int = 0  # index
+    inside: int = 0  # steps of this lesson
+    recent: list[float] = field(default_factory=list)  # share of replies that began rightly, last steps
+    curve: list[list[Any]] = field(default_factory=list)  # lesson, step, seconds, tokens, loss, share
+
+    def mastered(self) -> bool:
+        """Return whether the lesson is over."""
+        right = sum(self.recent) / max(1, len(self.recent))
+        return self.inside >= LONGEST or (self.inside >= SHORTEST and right >= MASTERED)
 
 
 def train(
     model: LlamaForCausalLM,
-    parts: Sequence[tuple[Corpus, int]],
-    corpus: Corpus,
+    parts: Mapping[str, Corpus],
     speaks: int,
     out: Path,
     minutes: float,
     settings: dict[str, Any],
 ) -> None:
-    """Train for a number of minutes of wall time, over all starts of the command together."""
+    """Train on the parts, one after the other, for a number of minutes of wall time, over all starts together."""
     optimizers = optimizers_of(model)
-    step, used, tokens, curve = 0, 0.0, 0, []
-    state = out / "state.pt"
+    state, now = out / "state.pt", Progress()
     if state.exists():
         stored = torch.load(state, weights_only=True)
         if stored["settings"] != settings:
@@ -149,38 +160,42 @@ def train(
         model.load_state_dict(stored["model"])
         for optimizer, kept in zip(optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
-        step, used, tokens, curve = stored["step"], stored["used"], stored["tokens"], stored["curve"]
-    began, saved, running = time.monotonic() - used, time.monotonic(), []
-    for ids, labels in lessons(parts, corpus, step):
-        share = min(1.0, (time.monotonic() - began) / (60 * minutes))
-        if share >= 1.0:
-            break
-        rate = min(1.0, (step + 1) / WARMUP) * _schedule(share)
+        now = Progress(**stored["progress"])
+    began, saved, losses = time.monotonic() - now.used, time.monotonic(), []
+    names = list(parts)
+    batches = parts[names[now.lesson]].batches(now.inside)
+    while now.used < 60 * minutes:
+        rate = min(1.0, (now.step + 1) / WARMUP) * _schedule(now.used / (60 * minutes))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = PEAK * rate
+        ids, labels = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, ids, labels, speaks)
+            loss, right = loss_of(model, ids, labels, speaks)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step, tokens = step + 1, tokens + ids.numel()
-        running.append(loss.item())
-        if step % 50 == 0:
-            used = time.monotonic() - began
-            curve.append([step, round(used, 1), tokens, round(sum(running) / len(running), 4)])
-            pace = f"{used / 60:.1f} min  {tokens / 1e6:.2f} M tokens  {tokens / used:.0f}/s"
-            print(f"step {step}  {pace}  loss {curve[-1][3]:.4f}", flush=True)
-            running = []
+        now.step, now.inside, now.tokens = now.step + 1, now.inside + 1, now.tokens + ids.numel()
+        now.used = time.monotonic() - began
+        now.recent = [*now.recent[-19:], right]
+        losses = [*losses[-19:], loss.item()]
+        if now.step % 20 == 0:
+            means = [round(sum(some) / len(some), 4) for some in (losses, now.recent)]
+            now.curve.append([names[now.lesson], now.step, round(now.used), now.tokens, *means])
+            pace = f"{now.used / 60:.1f} min  {now.tokens / 1e6:.2f} M tokens  {now.tokens / now.used:.0f}/s"
+            print(
+                f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  begins {means[1]:.3f}", flush=True
+            )
+        if now.lesson < len(names) - 1 and now.mastered():
+            now.lesson, now.inside, now.recent = now.lesson + 1, 0, []
+            batches = parts[names[now.lesson]].batches(0)
         if time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
-            _save(
-                state, model, optimizers, settings, step=step, used=time.monotonic() - began, tokens=tokens, curve=curve
-            )
-    _save(state, model, optimizers, settings, step=step, used=60 * minutes, tokens=tokens, curve=curve)
-    report = settings | {"steps": step, "tokens": tokens, "seconds": round(60 * minutes), "curve": curve}
+            _save(state, model, optimizers, settings, now)
+    _save(state, model, optimizers, settings, now)
+    report = settings | {"steps": now.step, "tokens": now.tokens, "seconds": round(now.used), "curve": now.curve}
     (out / "training.json").write_text(json.dumps(report) + "\n")
 
 
@@ -205,12 +220,15 @@ def _save(
     model: LlamaForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
     settings: dict[str, Any],
-    **rest: Any,
+    now: Progress,
 ) -> None:
-    kept = [one.state_dict() for one in optimizers]
-    torch.save(
-        {"model": model.state_dict(), "optimizers": kept, "settings": settings, **rest}, path.with_suffix(".new")
-    )
+    kept = {
+        "model": model.state_dict(),
+        "optimizers": [one.state_dict() for one in optimizers],
+        "settings": settings,
+        "progress": asdict(now),
+    }
+    torch.save(kept, path.with_suffix(".new"))
     path.with_suffix(".new").rename(path)
 
 
@@ -229,14 +247,13 @@ def main() -> None:
         "minutes": options.minutes,
         "tokens_a_batch": TOKENS,
         "peak": PEAK,
-        "lessons": LESSONS,
+        "lessons": list(LESSONS),
+        "mastered": MASTERED,
         "decides": DECIDES,
     }
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
-    parts = [(Corpus(options.run / f"{name}.npz", options.seed), steps) for name, steps in LESSONS.items()]
-    corpus = Corpus(options.run / "corpus.npz", options.seed)
-    speaks = tokenizer.convert_tokens_to_ids("<|assistant|>")
-    train(model, parts, corpus, speaks, out, options.minutes, settings)
+    parts = {name: Corpus(options.run / f"{name}.npz", options.seed) for name in (*LESSONS, "corpus")}
+    train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), out, options.minutes, settings)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
