@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.harbor.drills import drill
+from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
 from svdexpert import skills
 from svdexpert.reply import read
@@ -35,7 +35,7 @@ from svdexpert.worlds.town import Town
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
 SHARE = {"sgd": 5500, "town": 30000, "town_cases": 3000, "sgd_cases": 1500, "facts": 6000, "drills": 9000}
-FIRST = {"copying": 14000, "comparing": 8000, "judging": 8000, "serving": 12000, "drills": 6000}  # documents a lesson
+FIRST = dict.fromkeys(LESSONS, 8000)  # documents a lesson
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 
+from benchmarks.harbor.orders import Exercise, act, lacks, which
 from svdexpert.reply import Call
 from svdexpert.worlds import Message, Tool, assistant, calling, result, system, tool, user
 
@@ -62,7 +63,6 @@ _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday",
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
            "December")  # fmt: skip
 TODAY = date(2019, 3, 1)
-Exercise = tuple[list[Message], list[Tool]]
 
 
 def name(rng: random.Random) -> str:
@@ -323,7 +323,21 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
     "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 1)),
     "judging": ((_judge, 4), (_compare, 2), (_repeat, 1), (_look_up, 1)),
     "serving": ((_serve, 6), (_judge, 1), (_compare, 1), (_repeat, 1)),
-    "drills": ((_repeat, 1), (_compare, 2), (_judge, 4), (_look_up, 1), (_serve, 6), (_missing, 2), (_moments, 2)),
+    "choosing": ((which, 6), (_serve, 2), (_compare, 1)),
+    "lacking": ((lacks, 5), (which, 2), (_missing, 1)),
+    "acting": ((act, 6), (which, 1), (lacks, 1), (_judge, 2)),
+    "drills": (
+        (_repeat, 1),
+        (_compare, 2),
+        (_judge, 4),
+        (_look_up, 1),
+        (_serve, 3),
+        (_missing, 1),
+        (_moments, 2),
+        (act, 5),
+        (which, 2),
+        (lacks, 2),
+    ),
 }
 
 

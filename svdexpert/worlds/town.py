@@ -1320,7 +1320,8 @@ class Town:
             for split, places, people in zip(SPLITS, (63, 9, 18), (28, 4, 8), strict=True)
         }
 
-    def _dice(self, split: Split, seed: str) -> Dice:
+    def dice(self, split: Split, seed: str) -> Dice:
+        """Return what scenes of a split are drawn with."""
         return Dice(random.Random(seed), split, *self._settled[split])
 
     def facts(self, split: Split | None = None) -> list[Fact]:
@@ -1330,7 +1331,7 @@ class Town:
     def fact_questions(self, n: int, *, seed: int = 0) -> list[tuple[str, str, str]]:
         """Return n times a question, the sentence that answers it, and the short value: all facts in turn, of every
         split, asked in the phrasings of the train split."""
-        dice = self._dice("train", f"facts/{seed}")
+        dice = self.dice("train", f"facts/{seed}")
         asked: list[tuple[str, str, str]] = []
         while len(asked) < n:
             deck = self.facts()
@@ -1375,7 +1376,7 @@ class Town:
         scenes: list[S] = []
         known: set[str] = set()
         for index in range(n):
-            dice = self._dice(split, f"{what}/{index}")
+            dice = self.dice(split, f"{what}/{index}")
             for _ in range(TRIES):
                 scene = make(dice, index, f"{what}/{index}")
                 if scene is not None and (text := str(scene.messages)) not in known:
