@@ -29,11 +29,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks.harbor.corpus import RUN
 from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
-TOKENS = 8192  # of a batch, padding included
-PEAK, FLOOR, WARMUP = 3e-3, 0.05, 100  # learning rate, its last value as a share, steps
+TOKENS, FEW = 8192, 4096  # of a batch, padding included: of the corpus, of a lesson
+PEAK, FLOOR, WARMUP = 2.5e-3, 0.05, 100  # learning rate, its last value as a share, steps
 # Before the corpus, each until it is mastered.
 LESSONS = ("copying", "comparing", "judging", "serving", "choosing", "lacking", "acting", "drills")
-MASTERED, SHORTEST, LONGEST = 0.93, 40, 300  # share of replies that begin rightly over 20 steps; steps a lesson
+MASTERED, SHORTEST, LONGEST = 0.93, 40, 500  # share of replies that begin rightly over 20 steps; steps a lesson
 DECIDES = 3.0  # weight of the first token of a reply, which decides what it does
 SAVE_EVERY = 180.0  # seconds
 
@@ -63,13 +63,13 @@ def config() -> LlamaConfig:
 class Corpus:
     """The documents of one file in batches of similar length."""
 
-    def __init__(self, path: Path, seed: int):
+    def __init__(self, path: Path, seed: int, tokens: int):
         stored = np.load(path)
         self.ids, self.learn, self.starts = stored["ids"], stored["learn"], stored["starts"]
-        self.seed = seed
+        self.seed, self.tokens = seed, tokens
 
     def order(self, epoch: int) -> list[np.ndarray[Any, Any]]:
-        """Return the batches of one pass: document numbers, at most TOKENS tokens with padding."""
+        """Return the batches of one pass: document numbers, at most so many tokens with padding."""
         rng = np.random.default_rng((self.seed, epoch))
         lengths = np.diff(self.starts)
         shuffled = rng.permutation(len(lengths))
@@ -78,7 +78,7 @@ class Corpus:
             ranked = pool[np.argsort(lengths[pool], kind="stable")]
             first = 0
             for last in range(1, len(ranked) + 1):
-                if last == len(ranked) or int(lengths[ranked[last]]) * (last - first + 1) > TOKENS:
+                if last == len(ranked) or int(lengths[ranked[last]]) * (last - first + 1) > self.tokens:
                     batches.append(ranked[first:last])
                     first = last
         return [batches[place] for place in rng.permutation(len(batches))]
@@ -246,14 +246,15 @@ def main() -> None:
     settings = {
         "seed": options.seed,
         "minutes": options.minutes,
-        "tokens_a_batch": TOKENS,
+        "tokens_a_batch": [FEW, TOKENS],
         "peak": PEAK,
         "lessons": list(LESSONS),
         "mastered": MASTERED,
         "decides": DECIDES,
     }
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
-    parts = {name: Corpus(options.run / f"{name}.npz", options.seed) for name in (*LESSONS, "corpus")}
+    parts = {name: Corpus(options.run / f"{name}.npz", options.seed, FEW) for name in LESSONS}
+    parts["corpus"] = Corpus(options.run / "corpus.npz", options.seed, TOKENS)
     train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), out, options.minutes, settings)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
