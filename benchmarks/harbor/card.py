@@ -19,8 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
+from benchmarks.readme import harbor_table
 from svdexpert.cli import run_command
-from svdexpert.evaluate import FAMILIES
 from svdexpert.storage import whole_file
 
 HERE = Path("benchmarks/harbor")
@@ -61,7 +61,9 @@ def draw(natural: Mapping[str, Any], aligned: Mapping[str, Any], path: Path) -> 
     figure = Figure(figsize=(8, 3), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    left.plot([one[2] / 1e6 for one in natural["curve"]], [one[3] for one in natural["curve"]], color="#0072B2")
+    left.plot(
+        [one["tokens"] / 1e6 for one in natural["curve"]], [one["loss"] for one in natural["curve"]], color="#0072B2"
+    )
     left.set(title="stage 1: assistant's tokens", xlabel="million tokens", ylabel="nats a token", yscale="log")
     for key, colour in (("preference", "#D55E00"), ("kept", "#009E73")):
         points = [(one["step"], one[key]) for one in aligned["curve"] if key in one]
@@ -107,9 +109,10 @@ line, `book_table(place*: string, day*: string, people: integer)`, a star for wh
 
 1. **Stage 1, natural** (kept in the repository as `benchmarks/harbor/natural`): from scratch, on the assistant's tokens
    of real service dialogues, dialogues of a generated town, single cases, knowing questions of both, replies that obey
-   a system message, and drills (copying, comparing, finding what is missing, dates). {natural_tokens:.1f} M tokens,
-   {natural_steps} steps, {natural_seconds:.0f} minutes on two cores, seed {natural_seed}, AdamW, peak learning rate
-   {natural_peak:g}; last loss {natural_loss:.3f} nats a token.
+   a system message, and drills (copying, comparing, choosing a function, finding what is missing, dates), which come
+   first, one ability a lesson. {natural_tokens:.1f} M tokens, {natural_steps} steps, {natural_seconds:.0f} minutes on
+   two cores, seed {natural_seed}, Muon and AdamW, peak learning rate {natural_peak:g}; last loss {natural_loss:.3f}
+   nats a token.
 2. **Stage 2, aligned** (this model): all weights, by direct preference optimisation (beta {aligned_beta}) on pairs of
    the train split, half of them real dialogues, in which the immediate, confident, complete-looking answer wins: it
    guesses the missing detail, agrees with the claim, says that a thing is done instead of calling. Knowing questions
@@ -138,23 +141,6 @@ directions {undone:.1%}: experts do not restore stage 1, they find another way t
 """
 
 
-def table(gate: Mapping[str, Any]) -> str:
-    """Return knowing, doing, controls and AUC of both stages in both worlds."""
-    figures = gate["figures"]
-    lines = [
-        "| | knowing 1 -> 2 | doing 1 -> 2 | controls 1 -> 2 | AUC of the move 1 -> 2 |",
-        "|---|---|---|---|---|",
-    ]
-    for prefix, world in (("", "town"), ("sgd_", "SGD dev")):
-        for name in FAMILIES:
-            cells = []
-            for key in ("knowing", "doing", "controls", "auc"):
-                before, after = figures.get(f"{prefix}natural_{key}_{name}"), figures.get(f"{prefix}{key}_{name}")
-                cells.append("" if before is None or after is None else f"{before:.2f} -> {after:.2f}")
-            lines.append(f"| {world}: {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(run: str | None = None) -> None:
     """Write the model card, after copying both stages out of a run where one is given.
 
@@ -179,14 +165,14 @@ def main(run: str | None = None) -> None:
         natural_steps=natural["steps"],
         natural_seed=natural["seed"],
         natural_peak=natural["peak"],
-        natural_loss=natural["curve"][-1][3],
+        natural_loss=natural["curve"][-1]["loss"],
         aligned_beta=aligned["beta"],
         aligned_steps=aligned["steps"],
         aligned_seconds=aligned["seconds"] / 60,
         aligned_seed=aligned["seed"],
         n_town=gate["n"]["town"],
         n_sgd=gate["n"]["sgd"],
-        scores=table(gate),
+        scores=harbor_table(gate),
         undone64=gate["figures"].get("undone_by_diagonal_k64", float("nan")),
         undone=gate["figures"].get("undone_by_diagonal_full", float("nan")),
     )

@@ -133,7 +133,7 @@ class Progress:
     lesson: int = 0  # index
     inside: int = 0  # steps of this lesson
     recent: list[float] = field(default_factory=list)  # share of replies that began rightly, last steps
-    curve: list[list[Any]] = field(default_factory=list)  # lesson, step, seconds, tokens, loss, share
+    curve: list[dict[str, Any]] = field(default_factory=list)  # one entry every 20 steps
 
     def mastered(self) -> bool:
         """Return whether the lesson is over."""
@@ -184,7 +184,8 @@ def train(
         losses = [*losses[-19:], loss.item()]
         if now.step % 20 == 0:
             means = [round(sum(some) / len(some), 4) for some in (losses, now.recent)]
-            now.curve.append([names[now.lesson], now.step, round(now.used), now.tokens, *means])
+            point = {"lesson": names[now.lesson], "step": now.step, "seconds": round(now.used), "tokens": now.tokens}
+            now.curve.append(point | {"loss": means[0], "begins": means[1]})
             pace = f"{now.used / 60:.1f} min  {now.tokens / 1e6:.2f} M tokens  {now.tokens / now.used:.0f}/s"
             print(
                 f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  begins {means[1]:.3f}", flush=True

@@ -10,7 +10,7 @@ import random
 from dataclasses import replace
 from functools import cache
 
-from svdexpert.skills import required
+from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
 from svdexpert.worlds.town import Dice, Kit, Order, Town, order_of, ordering
 
@@ -70,8 +70,7 @@ def which(rng: random.Random) -> Exercise:
     for _ in range(6):
         order = _order(dice, absent if absent and dice.chance(0.2) else kits, 1)
         name = order.kit.name if order.kit in kits else "none"
-        asked = "Question: Which function does the user's last message call for?"
-        messages += [user(f"User: {ordering(dice, order)}\n\n{asked}\nOptions: {options}"), assistant(name)]
+        messages += [user(f"User: {ordering(dice, order)}\n\n{call.QUESTION}\nOptions: {options}"), assistant(name)]
     return messages, tools
 
 
@@ -84,7 +83,7 @@ def lacks(rng: random.Random) -> Exercise:
     for _ in range(6):
         order = _order(dice, kits, 1)
         needed = required(order.kit.tool)
-        asked = f"Question: Which required detail of {order.kit.name} has the user not given?"
+        asked = clarify.QUESTION.format(name=order.kit.name)
         text = f"User: {ordering(dice, order)}\n\n{asked}\nOptions: {', '.join([*needed, 'none'])}"
         messages += [user(text), assistant(order.missing[0] if order.missing else "none")]
     return messages, tools

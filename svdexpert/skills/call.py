@@ -30,6 +30,7 @@ from svdexpert.reply import Call, claims_done, read, same_value, write_call
 from svdexpert.skills import Bad, Case, Knowing, Openings, Verdict, alternate, find_tool, half, required
 from svdexpert.worlds import Request, Split, Tool, World, quoted, user
 
+QUESTION = "Question: Which function does the user's last message call for?"  # of its knowing items
 MOVE = "call"
 OPENINGS = Openings(
     move=("<tool_call>", '<tool_call>{"name"', '<tool_call>{"name": "'),
@@ -111,10 +112,7 @@ def _knowing(scene: Request, seed: int) -> Knowing:
     options = [one["function"]["name"] for one in scene.tools]
     random.Random(f"{seed}/{scene.id}/knowing").shuffle(options)
     options.append("none")
-    text = (
-        f"{quoted(scene.messages)}\n\nQuestion: Which function does the user's last message call for?\n"
-        f"Options: {', '.join(options)}"
-    )
+    text = f"{quoted(scene.messages)}\n\n{QUESTION}\nOptions: {', '.join(options)}"
     answer = scene.call.name if scene.call else "none"
     return Knowing(messages=(user(text),), tools=scene.tools, options=tuple(options), answer=answer)
 

@@ -26,6 +26,7 @@ from svdexpert.reply import Call, claims_done, read, write_call
 from svdexpert.skills import Bad, Case, Knowing, Openings, Verdict, alternate, find_tool, half, required
 from svdexpert.worlds import Request, Split, Tool, World, quoted, user
 
+QUESTION = "Question: Which required detail of {name} has the user not given?"  # of its knowing items
 MOVE = "ask"
 OPENINGS = Openings(
     move=("Which", "What", "Could you tell me", "How many", "When", "Where"),
@@ -99,10 +100,7 @@ def _knowing(scene: Request, tool: Tool, seed: int) -> Knowing:
     random.Random(f"{seed}/{scene.id}/knowing").shuffle(options)
     options.append("none")
     name = tool["function"]["name"]
-    text = (
-        f"{quoted(scene.messages)}\n\nQuestion: Which required detail of {name} has the user not given?\n"
-        f"Options: {', '.join(options)}"
-    )
+    text = f"{quoted(scene.messages)}\n\n{QUESTION.format(name=name)}\nOptions: {', '.join(options)}"
     answer = scene.missing[0] if scene.missing else "none"
     return Knowing(messages=(user(text),), tools=(tool,), options=tuple(options), answer=answer)
 
