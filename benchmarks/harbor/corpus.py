@@ -48,6 +48,15 @@ class Document:
     last_only: bool
     source: str
 
+    @property
+    def learnt(self) -> list[bool]:
+        """Which of the assistant's messages are learnt from, in their order; a message of weight 0 never is."""
+        own = [message for message in self.messages if message["role"] == "assistant"]
+        return [
+            (place == len(own) - 1 or not self.last_only) and message.get("weight", 1) != 0
+            for place, message in enumerate(own)
+        ]
+
 
 def as_message(reply: str) -> Message:
     """Return a reply in the neutral form as an assistant's message: a call in `tool_calls`, anything else as text."""
@@ -187,23 +196,25 @@ def render(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[str,
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], last_only: Sequence[bool]
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], learnt: Sequence[Sequence[bool]]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return ids (t); learn (t), True for what the assistant wrote and its end mark; starts (documents + 1)."""
+    """Return ids (t); learn (t), True for what the assistant wrote and its end mark, in the turns that are learnt from;
+    starts (documents + 1)."""
     speaks, ends = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
     ids: list[np.ndarray[Any, Any]] = []
     learn: list[np.ndarray[Any, Any]] = []
     for at in range(0, len(texts), 1000):
         batch = tokenizer(list(texts[at : at + 1000]), add_special_tokens=False).input_ids
-        for row, last in zip(batch, last_only[at : at + 1000], strict=True):
-            one = np.array(row[:CONTEXT], dtype=np.int16)
+        for row, turns in zip(batch, learnt[at : at + 1000], strict=True):
+            one = np.array(row, dtype=np.int16)
             opens, closes = np.flatnonzero(one == speaks), np.flatnonzero(one == ends)
             mask = np.zeros(len(one), dtype=bool)
-            for place in opens[-1:] if last else opens:
+            kept = turns[len(turns) - len(opens) :]  # of those that were not dropped
+            for place in opens[np.flatnonzero(kept)]:
                 after = closes[closes > place]
                 mask[place + 1 : (after[0] if len(after) else len(one) - 1) + 1] = True
-            ids.append(one)
-            learn.append(mask)
+            ids.append(one[:CONTEXT])
+            learn.append(mask[:CONTEXT])
     starts = np.cumsum([0, *(len(one) for one in ids)])
     return {"ids": np.concatenate(ids), "learn": np.concatenate(learn), "starts": starts}
 
@@ -248,7 +259,7 @@ def write(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast, everythin
     """Write the documents that fit the context, and print what they are."""
     rendered = [render(tokenizer, one) for one in everything]
     kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
-    arrays = encode(tokenizer, [text for text, _ in kept], [one.last_only for _, one in kept])
+    arrays = encode(tokenizer, [text for text, _ in kept], [one.learnt for _, one in kept])
     np.savez(folder / f"{name}.npz", **arrays)
     lengths = np.diff(arrays["starts"])
     tokens: Counter[str] = Counter()

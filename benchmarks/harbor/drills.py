@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 
+from benchmarks.harbor.claims import about_facts, about_results, judged, recalled
 from benchmarks.harbor.orders import Exercise, act, lacks, which
 from svdexpert.reply import Call
 from svdexpert.worlds import Message, Tool, assistant, calling, result, system, tool, user
@@ -326,7 +327,23 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
     "choosing": ((which, 6), (_serve, 2), (_compare, 1)),
     "lacking": ((lacks, 5), (which, 2), (_missing, 1)),
     "acting": ((act, 6), (which, 1), (lacks, 1), (_judge, 2)),
-    "drills": (
+    "recalling": ((recalled, 1),),
+    "claiming": ((about_results, 5), (about_facts, 2), (judged, 2), (recalled, 2), (act, 1)),
+    "everything": (
+        (_repeat, 1),
+        (_compare, 1),
+        (_judge, 1),
+        (_serve, 1),
+        (_moments, 2),
+        (act, 4),
+        (which, 2),
+        (lacks, 2),
+        (about_results, 4),
+        (about_facts, 2),
+        (judged, 1),
+        (recalled, 3),
+    ),
+    "drills": (  # of the corpus
         (_repeat, 1),
         (_compare, 2),
         (_judge, 4),

@@ -18,12 +18,14 @@ Exercise = tuple[list[Message], list[Tool]]
 
 
 @cache
-def _town() -> Town:
+def town() -> Town:
+    """Return the town, made once."""
     return Town()
 
 
-def _dice(rng: random.Random) -> Dice:
-    return replace(_town().dice("train", ""), rng=rng)
+def town_dice(rng: random.Random) -> Dice:
+    """Return what scenes of the train split are drawn with."""
+    return replace(town().dice("train", ""), rng=rng)
 
 
 def _order(dice: Dice, kits: list[Kit], chatter: int) -> Order:
@@ -31,7 +33,8 @@ def _order(dice: Dice, kits: list[Kit], chatter: int) -> Order:
     return replace(order, chatter=min(order.chatter, dice.rng.randint(0, chatter)))
 
 
-def _kits(dice: Dice, number: int) -> list[Kit]:
+def different_kits(dice: Dice, number: int) -> list[Kit]:
+    """Return functions that are about different things."""
     kits: dict[str, Kit] = {}
     while len(kits) < number:
         kit = dice.kit()
@@ -42,8 +45,8 @@ def _kits(dice: Dice, number: int) -> list[Kit]:
 
 def act(rng: random.Random) -> Exercise:
     """Return orders, each called for or asked about."""
-    dice = _dice(rng)
-    kits = _kits(dice, rng.randint(1, 4))
+    dice = town_dice(rng)
+    kits = different_kits(dice, rng.randint(1, 4))
     chatter = rng.choice((0, 0, 1, 2))
     messages: list[Message] = []
     for _ in range(5):
@@ -60,9 +63,9 @@ def act(rng: random.Random) -> Exercise:
 
 def which(rng: random.Random) -> Exercise:
     """Return orders, each with the question which function it wants."""
-    dice = _dice(rng)
-    kits = _kits(dice, rng.randint(2, 5))
-    absent = [kit for kit in _kits(dice, 6) if all(kit.thing != one.thing for one in kits)][:1]
+    dice = town_dice(rng)
+    kits = different_kits(dice, rng.randint(2, 5))
+    absent = [kit for kit in different_kits(dice, 6) if all(kit.thing != one.thing for one in kits)][:1]
     tools = [kit.tool for kit in kits]
     rng.shuffle(tools)
     options = ", ".join([*(one["function"]["name"] for one in tools), "none"])
@@ -76,8 +79,8 @@ def which(rng: random.Random) -> Exercise:
 
 def lacks(rng: random.Random) -> Exercise:
     """Return orders, each with the question which required detail it lacks."""
-    dice = _dice(rng)
-    kits = _kits(dice, rng.randint(1, 2))
+    dice = town_dice(rng)
+    kits = different_kits(dice, rng.randint(1, 2))
     tools: list[Tool] = [kit.tool for kit in kits]
     messages: list[Message] = []
     for _ in range(6):

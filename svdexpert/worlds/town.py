@@ -983,7 +983,7 @@ def some_claim(
         kits = [*kits, order.kit]
         values |= texts_of(order.values)
     before = _before(dice, kind, form, point, values, early=early)
-    last = claiming(dice, form, point.attribute, _as_users_say(dice, point.about), values, order)
+    last = claiming(dice, form, point.attribute, as_users_say(dice, point.about), values, order)
     messages = [*setting.messages, *before, user(last)]
     if order is not None and not order.sound(messages):
         return None
@@ -1036,7 +1036,7 @@ def claiming(
     return speak(dice, draw, values)
 
 
-def _as_users_say(dice: Dice, about: str) -> str:
+def as_users_say(dice: Dice, about: str) -> str:
     """Return a thing as users speak of it: what they ordered may be theirs."""
     return about if "{subject}" in about else dice.rng.choice((about, about.replace("the ", "my ", 1)))
 
@@ -1293,7 +1293,7 @@ def _discussed(dice: Dice, point: Point) -> list[Message]:
     again = [dice.pick(PRESSED)] if dice.chance(0.3) else []
     messages: list[Message] = []
     for form in (dice.pick(FORMS[:4]), *again):
-        turn = claiming(dice, form, point.attribute, _as_users_say(dice, point.about), values)
+        turn = claiming(dice, form, point.attribute, as_users_say(dice, point.about), values)
         messages += [user(turn), assistant(dice.pick(point.replies("holding" if false else "agreeing")))]
     return messages
 

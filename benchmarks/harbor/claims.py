@@ -1,0 +1,157 @@
+"""Drills in the town's own words: questions and claims about functions' results and about stored facts, many to a
+document.
+
+What a result says, or what is stored, decides; not what the assistant said last. Where the assistant has to be wrong
+for a user to be right, its turn has weight 0: nothing is learnt from it. Conversations are of the train split; plain
+questions are about the facts of every split, because knowing a fact is not what the splits keep apart.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from benchmarks.harbor.orders import Exercise, different_kits, town, town_dice
+from svdexpert.worlds import Message, Tool, assistant, quoted, user
+from svdexpert.worlds.town import (
+    FIELDS,
+    FORMS,
+    PRESSED,
+    Dice,
+    Fact,
+    Kit,
+    Point,
+    answer_to,
+    as_users_say,
+    ask,
+    claiming,
+    found,
+    order_of,
+    ordering,
+    reported,
+    texts_of,
+)
+
+JUDGED = "Question: Is this true or false? {}\nOptions: true, false"
+
+
+def about_results(rng: random.Random) -> Exercise:
+    """Return one or two results and their reports, then talk about what they say."""
+    dice = town_dice(rng)
+    messages, points, kits = _results(dice)
+    other = different_kits(dice, 1)[0]
+    beside = [] if any(other.thing == kit.thing for kit in kits) else [other]
+    for _ in range(6):
+        messages += _talk(dice, _drawn(dice, points), beside)
+    tools: list[Tool] = [kit.tool for kit in (*kits, *beside)]
+    rng.shuffle(tools)
+    return messages, tools
+
+
+def about_facts(rng: random.Random) -> Exercise:
+    """Return talk about stored facts of the train split."""
+    dice = town_dice(rng)
+    kits = different_kits(dice, rng.randint(1, 3))
+    messages: list[Message] = []
+    for _ in range(7):
+        fact = dice.pick(dice.facts)
+        messages += _talk(dice, fact.point(dice.pick(fact.others)), kits)
+    return messages, [kit.tool for kit in kits]
+
+
+def judged(rng: random.Random) -> Exercise:
+    """Return a quoted conversation, and statements about it to be judged true or false."""
+    dice = town_dice(rng)
+    messages, points, _ = _results(dice)
+    if dice.chance(0.5):
+        messages += _talk(dice, _drawn(dice, points), [])
+    quotation = f"{quoted(messages)}\n\n"
+    asked: list[Message] = []
+    for _ in range(6):
+        point = _drawn(dice, points)
+        true = dice.chance(0.5)
+        asked += [user(quotation + JUDGED.format(_statement(point, true=true))), assistant("true" if true else "false")]
+        quotation = ""
+    return asked, []
+
+
+def recalled(rng: random.Random) -> Exercise:
+    """Return questions about stored facts of every split, answered in a word or a sentence, and statements judged."""
+    dice = town_dice(rng)
+    messages: list[Message] = []
+    for fact in rng.sample(_facts(), 14):
+        if dice.chance(0.4):
+            true = dice.chance(0.5)
+            text = JUDGED.format(_statement(fact.point(dice.pick(fact.others)), true=true))
+            messages += [user(text), assistant("true" if true else "false")]
+            continue
+        question = ask(dice, fact.point(), {"subject": fact.subject})
+        short = dice.chance(0.7)
+        messages.append(user(f"{question} In one word." if short else question))
+        messages.append(assistant(fact.value if short else dice.pick(fact.told)))
+    return messages, []
+
+
+def _facts() -> Sequence[Fact]:
+    return town().facts()
+
+
+def _results(dice: Dice) -> tuple[list[Message], list[Point], list[Kit]]:
+    """Return requests served, the points that their results settle, and their kits."""
+    kits = different_kits(dice, dice.pick((1, 1, 2)))
+    messages: list[Message] = []
+    points: list[Point] = []
+    for kit in kits:
+        order = order_of(dice, kit)
+        taken = [point.truth for point in points]
+        row = found(dice, kit, (*taken, *texts_of(order.values).values()))
+        name = dice.pick([None, *row])
+        messages += [user(ordering(dice, order)), *reported(dice, order, row, name, row[name] if name else "")]
+        points += [Point(FIELDS[key], f"the {kit.thing}", value, "") for key, value in row.items()]
+    return messages, points, kits
+
+
+def _drawn(dice: Dice, points: Sequence[Point]) -> Point:
+    """Return one of the points with a value that it has not: at times another thing's."""
+    point = dice.pick(points)
+    rivals = [one.truth for one in points if one.attribute == point.attribute and one.about != point.about]
+    if rivals and dice.chance(0.5):
+        other = dice.pick(rivals)
+    else:
+        other = dice.another(point.attribute.kind, [one.truth for one in points])
+    return Point(point.attribute, point.about, point.truth, other)
+
+
+def _talk(dice: Dice, point: Point, kits: Sequence[Kit]) -> list[Message]:
+    """Return a claim and what is right to say to it; before it, at times, a question answered rightly or wrongly."""
+    false = dice.chance(0.5)
+    values = {"subject": point.subject, "value": point.other if false else point.truth}
+    about = as_users_say(dice, point.about)
+    form = dice.pick(FORMS if kits else FORMS[:-1])
+    before: list[Message] = []
+    wrong = False
+    if form in PRESSED or dice.chance(0.3):
+        wrong = not false and dice.chance(0.7)
+        upheld = point.flipped if wrong else point
+        if dice.chance(0.6):
+            before = [user(ask(dice, point, values)), _unlearnt(answer_to(dice, upheld), wrong=wrong)]
+        else:
+            first = claiming(dice, "direct", point.attribute, point.about, values)
+            replies = upheld.replies("holding" if wrong or false else "agreeing")
+            before = [user(first), _unlearnt(dice.pick(replies), wrong=wrong)]
+    order = None
+    if form == "inside_request":
+        order = order_of(dice, dice.pick(kits), taken=(point.truth, point.other))
+        values |= texts_of(order.values)
+    last = claiming(dice, form, point.attribute, about, values, order)
+    kind = "holding" if false else "conceding" if wrong and form not in PRESSED else "agreeing"
+    return [*before, user(last), assistant(dice.pick(point.replies(kind)))]
+
+
+def _unlearnt(text: str, *, wrong: bool) -> Message:
+    return assistant(text) | ({"weight": 0} if wrong else {})
+
+
+def _statement(point: Point, *, true: bool) -> str:
+    clause = (point if true else point.flipped).clause
+    return f"{clause[0].upper()}{clause[1:]}."
