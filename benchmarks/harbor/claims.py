@@ -137,15 +137,18 @@ def _talk(dice: Dice, point: Point, kits: Sequence[Kit]) -> list[Message]:
             before = [user(ask(dice, point, values)), _unlearnt(answer_to(dice, upheld), wrong=wrong)]
         else:
             first = claiming(dice, "direct", point.attribute, point.about, values)
-            replies = upheld.replies("holding" if wrong or false else "agreeing")
-            before = [user(first), _unlearnt(dice.pick(replies), wrong=wrong)]
+            before = [user(first), _unlearnt(_said(upheld, false=wrong or false), wrong=wrong)]
     order = None
     if form == "inside_request":
         order = order_of(dice, dice.pick(kits), taken=(point.truth, point.other))
         values |= texts_of(order.values)
     last = claiming(dice, form, point.attribute, about, values, order)
-    kind = "holding" if false else "conceding" if wrong and form not in PRESSED else "agreeing"
-    return [*before, user(last), assistant(dice.pick(point.replies(kind)))]
+    return [*before, user(last), assistant(_said(point, false=false))]
+
+
+def _said(point: Point, *, false: bool) -> str:
+    """Return what is right to say: always in the same words, so that nothing but the decision is to be learnt."""
+    return point.replies("holding" if false else "agreeing")[0]
 
 
 def _unlearnt(text: str, *, wrong: bool) -> Message:

@@ -34,7 +34,7 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 5500, "town": 30000, "town_cases": 3000, "sgd_cases": 1500, "facts": 6000, "drills": 9000}
+SHARE = {"sgd": 5500, "town": 20000, "town_cases": 4000, "sgd_cases": 1500, "facts": 2000, "drills": 16000}
 FIRST = dict.fromkeys(LESSONS, 8000)  # documents a lesson
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 

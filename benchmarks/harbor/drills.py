@@ -318,47 +318,36 @@ def _moments(rng: random.Random) -> Exercise:
 
 
 # What each lesson is made of, and how often. One ability at a time, and densely: comparing alone is learnt in 0.3 M
-# tokens, and was a toss of a coin after 15 M tokens of everything at once.
+# tokens, and was a toss of a coin after 15 M tokens of everything at once. A third is what came before.
 LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]] = {
     "copying": ((_repeat, 1), (_look_up, 1)),
-    "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 1)),
-    "judging": ((_judge, 4), (_compare, 2), (_repeat, 1), (_look_up, 1)),
-    "serving": ((_serve, 6), (_judge, 1), (_compare, 1), (_repeat, 1)),
-    "choosing": ((which, 6), (_serve, 2), (_compare, 1)),
-    "lacking": ((lacks, 5), (which, 2), (_missing, 1)),
-    "acting": ((act, 6), (which, 1), (lacks, 1), (_judge, 2)),
-    "recalling": ((recalled, 1),),
-    "claiming": ((about_results, 5), (about_facts, 2), (judged, 2), (recalled, 2), (act, 1)),
+    "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 2)),
+    "judging": ((_judge, 4), (_compare, 2), (_look_up, 2)),
+    "serving": ((_serve, 6), (_judge, 1), (_compare, 1), (_look_up, 1)),
+    "choosing": ((which, 6), (_serve, 2), (_compare, 1), (_look_up, 1)),
+    "lacking": ((lacks, 5), (_missing, 1), (which, 2), (_serve, 1), (_judge, 1)),
+    "acting": ((act, 6), (which, 1), (lacks, 2), (_judge, 1)),
+    "recalling": ((recalled, 6), (act, 2), (which, 1), (lacks, 1)),
+    "claiming": ((about_results, 5), (about_facts, 2), (judged, 2), (recalled, 3), (act, 2), (which, 1), (lacks, 1)),
     "everything": (
         (_repeat, 1),
+        (_look_up, 1),
         (_compare, 1),
         (_judge, 1),
         (_serve, 1),
         (_moments, 2),
-        (act, 4),
+        (act, 6),
         (which, 2),
         (lacks, 2),
-        (about_results, 4),
-        (about_facts, 2),
-        (judged, 1),
-        (recalled, 3),
-    ),
-    "drills": (  # of the corpus
-        (_repeat, 1),
-        (_compare, 2),
-        (_judge, 4),
-        (_look_up, 1),
-        (_serve, 3),
-        (_missing, 1),
-        (_moments, 2),
-        (act, 5),
-        (which, 2),
-        (lacks, 2),
+        (about_results, 5),
+        (about_facts, 3),
+        (judged, 2),
+        (recalled, 5),
     ),
 }
 
 
-def drill(rng: random.Random, lesson: str = "drills") -> Exercise:
+def drill(rng: random.Random, lesson: str = "everything") -> Exercise:
     """Return one document of exercises: messages and tools."""
     kinds, weights = zip(*LESSONS[lesson], strict=True)
     return rng.choices(kinds, weights)[0](rng)

@@ -7,14 +7,18 @@ On Linux the C library hands large tensors back to the system after every step; 
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000 python -m ...
 
-Batches are rows of similar length, in an order that is a function of the seed; the learning rate is a function of the
-share of the time that is used up, so that the same command ends well on faster and slower machines.
+One process of one thread a core: two processes see 1.5 times the tokens that two threads do. Every process has batches
+of its own, gradients are averaged, and each runs Muon for its share of the matrices. Batches are small, because
+abilities break through after a number of steps (LOG.md); rows are of similar length, in an order that is a function of
+the seed. The learning rate is a function of the share of the time used up, so that the same command ends well on
+faster and slower machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,28 +27,30 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harbor.corpus import RUN
 from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
-TOKENS, FEW = 8192, 4096  # of a batch, padding included: of the corpus, of a lesson
-PEAK, FLOOR, WARMUP = 2.5e-3, 0.05, 100  # learning rate, its last value as a share, steps
+PROCESSES = 2
+TOKENS, FEW = 2048, 1024  # of a process's batch, padding included: of the corpus, of a lesson
+PEAK, FLOOR, WARMUP = 4e-3, 0.05, 100  # learning rate, its last value as a share, steps
 # Before the corpus: lessons, each until it is mastered, or for so many steps at most.
 LESSONS = {
     "copying": 800,
-    "comparing": 800,
-    "judging": 800,
-    "serving": 800,
-    "choosing": 800,
-    "lacking": 800,
-    "acting": 700,
-    "recalling": 450,
-    "claiming": 550,
-    "everything": 250,
+    "comparing": 500,
+    "judging": 500,
+    "serving": 900,
+    "choosing": 600,
+    "lacking": 900,
+    "acting": 900,
+    "recalling": 900,
+    "claiming": 900,
+    "everything": 1500,
 }
-MASTERED, SHORTEST = 0.93, 40  # share of replies that begin rightly over 20 steps, steps
+MASTERED, WINDOW = 0.93, 50  # share of replies that begin rightly, over so many steps, with which a lesson is over
 DECIDES = 3.0  # weight of the first token of a reply, which decides what it does
 SAVE_EVERY = 180.0  # seconds
 
@@ -68,6 +74,7 @@ def config() -> LlamaConfig:
         eos_token_id=1,
         bos_token_id=None,
         initializer_range=0.04,
+        attn_implementation="eager",  # a tenth faster than sdpa here: short rows, and its backward pass on CPUs is slow
     )
 
 
@@ -107,10 +114,11 @@ class Corpus:
         return torch.from_numpy(ids), torch.from_numpy(labels)
 
     def batches(self, skip: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield batches for ever, without the first `skip`."""
-        epoch, skip = 0, max(0, skip)
+        """Yield this process's batches for ever, without the first `skip`."""
+        rank, processes = dist.get_rank(), dist.get_world_size()
+        epoch = 0
         while True:
-            order = self.order(epoch)
+            order = self.order(epoch)[rank::processes]
             for documents in order[skip:]:
                 yield self.rows(documents)
             skip, epoch = max(0, skip - len(order)), epoch + 1
@@ -144,40 +152,23 @@ class Progress:
     lesson: int = 0  # index
     inside: int = 0  # steps of this lesson
     recent: list[float] = field(default_factory=list)  # share of replies that began rightly, last steps
-    curve: list[dict[str, Any]] = field(default_factory=list)  # one entry every 20 steps
+    curve: list[dict[str, Any]] = field(default_factory=list)  # one entry every 50 steps
 
     def over(self, longest: int) -> bool:
         """Return whether the lesson, of so many steps at most, is over."""
         right = sum(self.recent) / max(1, len(self.recent))
-        return self.inside >= longest or (self.inside >= SHORTEST and right >= MASTERED)
+        return self.inside >= longest or (len(self.recent) == WINDOW and right >= MASTERED)
 
 
-def train(
-    model: LlamaForCausalLM,
-    parts: Mapping[str, Corpus],
-    speaks: int,
-    out: Path,
-    minutes: float,
-    settings: dict[str, Any],
-) -> None:
+def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run: Run) -> None:
     """Train on the parts, one after the other, for a number of minutes of wall time, over all starts together."""
     optimizers = optimizers_of(model)
-    state, now = out / "state.pt", Progress()
-    if state.exists():
-        stored = torch.load(state, weights_only=True)
-        if stored["settings"] != settings:
-            raise SystemExit(
-                f"{state} belongs to a run with {stored['settings']}, this is {settings}; take another folder."
-            )
-        model.load_state_dict(stored["model"])
-        for optimizer, kept in zip(optimizers, stored["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        now = Progress(**stored["progress"])
-    began, saved, losses = time.monotonic() - now.used, time.monotonic(), []
+    now = run.load(model, optimizers)
+    began, saved_at, losses = time.monotonic() - now.used, now.used, []
     names = list(parts)
     batches = parts[names[now.lesson]].batches(now.inside)
-    while now.used < 60 * minutes:
-        rate = min(1.0, (now.step + 1) / WARMUP) * _schedule(now.used / (60 * minutes))
+    while now.used < 60 * run.minutes:
+        rate = min(1.0, (now.step + 1) / WARMUP) * _schedule(now.used / (60 * run.minutes))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = PEAK * rate
@@ -185,37 +176,66 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             loss, right = loss_of(model, ids, labels, speaks)
         loss.backward()
+        now.used = time.monotonic() - began
+        loss_now, right, tokens, now.used = _average(model, [loss.item(), right, float(ids.numel()), now.used])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        now.step, now.inside, now.tokens = now.step + 1, now.inside + 1, now.tokens + ids.numel()
-        now.used = time.monotonic() - began
-        now.recent = [*now.recent[-19:], right]
-        losses = [*losses[-19:], loss.item()]
-        if now.step % 20 == 0:
+        model.zero_grad(set_to_none=True)
+        _share(model)
+        now.step, now.inside = now.step + 1, now.inside + 1
+        now.tokens += round(tokens * dist.get_world_size())
+        now.recent = [*now.recent[1 - WINDOW :], right]
+        losses = [*losses[1 - WINDOW :], loss_now]
+        if now.step % 50 == 0:
             means = [round(sum(some) / len(some), 4) for some in (losses, now.recent)]
             point = {"lesson": names[now.lesson], "step": now.step, "seconds": round(now.used), "tokens": now.tokens}
             now.curve.append(point | {"loss": means[0], "begins": means[1]})
-            pace = f"{now.used / 60:.1f} min  {now.tokens / 1e6:.2f} M tokens  {now.tokens / now.used:.0f}/s"
-            print(
-                f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  begins {means[1]:.3f}", flush=True
-            )
+            if dist.get_rank() == 0:
+                pace = f"{now.used / 60:.1f} min  {now.tokens / 1e6:.2f} M tokens  {now.tokens / now.used:.0f}/s"
+                print(
+                    f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  begins {means[1]:.3f}",
+                    flush=True,
+                )
         if now.lesson < len(LESSONS) and now.over(LESSONS[names[now.lesson]]):
             now.lesson, now.inside, now.recent = now.lesson + 1, 0, []
             batches = parts[names[now.lesson]].batches(0)
-        if time.monotonic() - saved > SAVE_EVERY:
-            saved = time.monotonic()
-            _save(state, model, optimizers, settings, now)
-    _save(state, model, optimizers, settings, now)
-    report = settings | {"steps": now.step, "tokens": now.tokens, "seconds": round(now.used), "curve": now.curve}
-    (out / "training.json").write_text(json.dumps(report) + "\n")
+        if now.used - saved_at > SAVE_EVERY:
+            saved_at = now.used
+            run.save(model, optimizers, now)
+    run.save(model, optimizers, now)
+    if dist.get_rank() == 0:
+        report = run.settings | {
+            "steps": now.step,
+            "tokens": now.tokens,
+            "seconds": round(now.used),
+            "curve": now.curve,
+        }
+        (run.out / "training.json").write_text(json.dumps(report) + "\n")
+
+
+def _average(model: LlamaForCausalLM, numbers: list[float]) -> list[float]:
+    """Average gradients over the processes, and return some numbers averaged."""
+    gradients = [one.grad for one in model.parameters() if one.grad is not None]
+    flat = torch.cat([torch.tensor(numbers), *(one.flatten() for one in gradients)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    place = len(numbers)
+    for one in gradients:
+        one.copy_(flat[place : place + one.numel()].view_as(one))
+        place += one.numel()
+    return flat[: len(numbers)].tolist()
+
+
+def matrices(model: LlamaForCausalLM) -> list[torch.nn.Parameter]:
+    """Return the matrices of the layers."""
+    return [one for name, one in model.named_parameters() if one.dim() == 2 and "embed" not in name]
 
 
 def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices of the layers (Jordan et al. 2024; update scaled to AdamW's, Liu et al. 2025), AdamW
-    for embeddings and norms. After 0.64 M tokens of drills: 2.13 nats a token, 2.45 with AdamW alone."""
-    inner = [one for name, one in model.named_parameters() if one.dim() == 2 and "embed" not in name]
+    """Return Muon for this process's share of the layers' matrices (Jordan et al. 2024; update scaled to AdamW's, Liu
+    et al. 2025), AdamW for embeddings and norms. After 0.64 M tokens of drills: 2.13 nats a token, 2.45 with AdamW."""
+    inner = matrices(model)[dist.get_rank() :: dist.get_world_size()]
     outer = [one for name, one in model.named_parameters() if one.dim() != 2 or "embed" in name]
     return [
         torch.optim.Muon(inner, lr=PEAK, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -223,34 +243,59 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
+def _share(model: LlamaForCausalLM) -> None:
+    """Give every process the matrices that the others have stepped."""
+    processes = dist.get_world_size()
+    for owner in range(processes):
+        theirs = matrices(model)[owner::processes]
+        flat = torch.cat([one.detach().flatten() for one in theirs])
+        dist.broadcast(flat, owner)
+        for one, piece in zip(theirs, flat.split([one.numel() for one in theirs]), strict=True):
+            one.data.copy_(piece.view_as(one))
+
+
 def _schedule(share: float) -> float:
     """Return the learning rate as a share of its peak: flat, then straight down in the last 60 % of the time."""
     return 1.0 if share < 0.4 else FLOOR + (1 - FLOOR) * (1 - share) / 0.6
 
 
-def _save(
-    path: Path,
-    model: LlamaForCausalLM,
-    optimizers: Sequence[torch.optim.Optimizer],
-    settings: dict[str, Any],
-    now: Progress,
-) -> None:
-    kept = {
-        "model": model.state_dict(),
-        "optimizers": [one.state_dict() for one in optimizers],
-        "settings": settings,
-        "progress": asdict(now),
-    }
-    torch.save(kept, path.with_suffix(".new"))
-    path.with_suffix(".new").rename(path)
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and what it must have been started with to go on."""
+
+    out: Path
+    minutes: float
+    settings: dict[str, Any]
+
+    def load(self, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
+        """Return how far the run is, after giving model and optimizers what it had there."""
+        state = self.out / "state.pt"
+        if not state.exists():
+            return Progress()
+        stored = torch.load(state, weights_only=True)
+        if stored["settings"] != self.settings:
+            raise SystemExit(
+                f"{state} belongs to a run with {stored['settings']}, this is {self.settings}; take another folder."
+            )
+        model.load_state_dict(stored["model"])
+        for optimizer, kept in zip(optimizers, stored["optimizers"][dist.get_rank()], strict=True):
+            optimizer.load_state_dict(kept)
+        return Progress(**stored["progress"])
+
+    def save(self, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], now: Progress) -> None:
+        """Write all of it, at once or not at all."""
+        kept: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(kept, [one.state_dict() for one in optimizers])
+        if dist.get_rank() == 0:
+            everything = {"model": model.state_dict(), "optimizers": kept, "settings": self.settings}
+            torch.save(everything | {"progress": asdict(now)}, self.out / "state.new")
+            (self.out / "state.new").rename(self.out / "state.pt")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=RUN)
-    parser.add_argument("--minutes", type=float, default=75)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
+    """Be one of the processes."""
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    torch.set_num_threads(1)
     out = options.run / "natural"
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
@@ -258,6 +303,7 @@ def main() -> None:
     settings = {
         "seed": options.seed,
         "minutes": options.minutes,
+        "processes": options.processes,
         "tokens_a_batch": [FEW, TOKENS],
         "peak": PEAK,
         "lessons": LESSONS,
@@ -267,9 +313,22 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
     parts = {name: Corpus(options.run / f"{name}.npz", options.seed, FEW) for name in LESSONS}
     parts["corpus"] = Corpus(options.run / "corpus.npz", options.seed, TOKENS)
-    train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), out, options.minutes, settings)
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), Run(out, options.minutes, settings))
+    if rank == 0:
+        model.to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=RUN)
+    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (f"file://{folder}/meeting", options), options.processes)
 
 
 if __name__ == "__main__":

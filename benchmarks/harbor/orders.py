@@ -12,8 +12,9 @@ from functools import cache
 
 from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
-from svdexpert.worlds.town import Dice, Kit, Order, Town, order_of, ordering
+from svdexpert.worlds.town import Dice, Kit, Order, Town, made_up, order_of, ordering
 
+MADE_UP_SHARE = 0.6
 Exercise = tuple[list[Message], list[Tool]]
 
 
@@ -34,10 +35,11 @@ def _order(dice: Dice, kits: list[Kit], chatter: int) -> Order:
 
 
 def different_kits(dice: Dice, number: int) -> list[Kit]:
-    """Return functions that are about different things."""
+    """Return functions that are about different things. Most are made up: what is known by heart need not be read, and
+    functions that no training text has were called by known names."""
     kits: dict[str, Kit] = {}
     while len(kits) < number:
-        kit = dice.kit()
+        kit = made_up(dice) if dice.chance(MADE_UP_SHARE) else dice.kit()
         if all(kit.thing != one.thing for one in kits.values()):
             kits[kit.name] = kit
     return list(kits.values())
