@@ -98,7 +98,7 @@ def _facts() -> Sequence[Fact]:
 
 def _results(dice: Dice) -> tuple[list[Message], list[Point], list[Kit]]:
     """Return requests served, the points that their results settle, and their kits."""
-    kits = different_kits(dice, dice.pick((1, 1, 2)))
+    kits = different_kits(dice, dice.pick((1, 2, 2)))
     messages: list[Message] = []
     points: list[Point] = []
     for kit in kits:

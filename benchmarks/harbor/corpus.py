@@ -245,10 +245,11 @@ def main() -> None:
 
 def _plain(document: Document) -> str:
     """Return a document's text without a tokenizer, for training one."""
-    lines = [
-        str(one["function"]["name"]) + " " + " ".join(one["function"]["parameters"]["properties"])
-        for one in document.tools
-    ]
+    lines = []
+    for one in document.tools:
+        kinds = one["function"]["parameters"]["properties"].items()
+        listed = (f"{key}*: {'|'.join(kind['enum']) if 'enum' in kind else kind['type']}" for key, kind in kinds)
+        lines.append(f"{one['function']['name']}({', '.join(listed)})")
     for message in document.messages:
         lines.append(message.get("content") or "")
         lines += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]

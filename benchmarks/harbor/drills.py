@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 
 from benchmarks.harbor.claims import about_facts, about_results, judged, recalled
-from benchmarks.harbor.orders import Exercise, act, lacks, which
+from benchmarks.harbor.orders import Exercise, act, ask_short, finding, lacks, naming, which
 from svdexpert.reply import Call
 from svdexpert.worlds import Message, Tool, assistant, calling, result, system, tool, user
 
@@ -240,6 +240,32 @@ def _wish(rng: random.Random, plain: str, said: Sequence[tuple[str, str]]) -> st
     return rng.choice(frames).format(plain, joined)
 
 
+def _given(rng: random.Random) -> Exercise:
+    """Short lists of names, each with the question whether one is in it."""
+    messages = []
+    for _ in range(14):
+        fields = rng.sample(_FIELDS, rng.randint(1, 4))
+        inside = rng.random() < 0.5
+        asked = rng.choice(fields) if inside else rng.choice([one for one in _FIELDS if one not in fields])
+        messages += [user(f"Given: {', '.join(fields)}. Is {asked} given?"), assistant("yes" if inside else "no")]
+    return messages, []
+
+
+def _absent(rng: random.Random) -> Exercise:
+    """Lists of one to three names, each with the one that another list lacks."""
+    messages = []
+    longest = rng.randint(1, 3)
+    for _ in range(12):
+        fields = rng.sample(_FIELDS, rng.randint(1, longest))
+        lacking = rng.choice([*fields, "none"])
+        said = [field for field in fields if field != lacking]
+        said += rng.sample([one for one in _FIELDS if one not in fields], rng.randint(0, 1) if said else 1)
+        rng.shuffle(said)
+        text = f"Needed: {', '.join(fields)}. Given: {', '.join(said)}. What is missing?"
+        messages += [user(text), assistant(lacking)]
+    return messages, []
+
+
 def _missing(rng: random.Random) -> Exercise:
     messages = []
     for _ in range(rng.randint(3, 6)):
@@ -324,9 +350,13 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
     "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 2)),
     "judging": ((_judge, 4), (_compare, 2), (_look_up, 2)),
     "serving": ((_serve, 6), (_judge, 1), (_compare, 1), (_look_up, 1)),
-    "choosing": ((which, 6), (_serve, 2), (_compare, 1), (_look_up, 1)),
-    "lacking": ((lacks, 5), (_missing, 1), (which, 2), (_serve, 1), (_judge, 1)),
-    "acting": ((act, 6), (which, 1), (lacks, 2), (_judge, 1)),
+    "naming": ((naming, 6), (_serve, 2), (_look_up, 1), (_judge, 1)),
+    "finding": ((finding, 6), (naming, 1), (_serve, 2), (_judge, 1)),
+    "choosing": ((which, 6), (finding, 1), (_serve, 2), (_judge, 1)),
+    "missing": ((_given, 3), (_absent, 4), (which, 1), (_compare, 1), (_look_up, 1)),
+    "asking": ((ask_short, 6), (_absent, 2), (which, 1), (_look_up, 1)),
+    "lacking": ((lacks, 5), (_missing, 1), (ask_short, 2), (which, 2), (_judge, 1)),
+    "acting": ((act, 6), (ask_short, 1), (which, 1), (lacks, 2), (_judge, 1)),
     "recalling": ((recalled, 6), (act, 2), (which, 1), (lacks, 1)),
     "claiming": ((about_results, 5), (about_facts, 2), (judged, 2), (recalled, 3), (act, 2), (which, 1), (lacks, 1)),
     "everything": (

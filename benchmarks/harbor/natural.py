@@ -8,9 +8,8 @@ On Linux the C library hands large tensors back to the system after every step; 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000 python -m ...
 
 One process of one thread a core: two processes see 1.5 times the tokens that two threads do. Every process has batches
-of its own, gradients are averaged, and each runs Muon for its share of the matrices. Batches are small, because
-abilities break through after a number of steps (LOG.md); rows are of similar length, in an order that is a function of
-the seed. The learning rate is a function of the share of the time used up, so that the same command ends well on
+of its own, gradients are averaged, and each runs Muon for its share of the matrices. Rows of a batch are of similar
+length, in an order that is a function of the seed. The learning rate is a function of the share of the time used up, so that the same command ends well on
 faster and slower machines.
 """
 
@@ -35,20 +34,25 @@ from benchmarks.harbor.corpus import RUN
 from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
 PROCESSES = 2
-TOKENS, FEW = 2048, 1024  # of a process's batch, padding included: of the corpus, of a lesson
-PEAK, FLOOR, WARMUP = 4e-3, 0.05, 100  # learning rate, its last value as a share, steps
-# Before the corpus: lessons, each until it is mastered, or for so many steps at most.
+TOKENS = 2048  # of a process's batch of the corpus, padding included
+PEAK, FLOOR, WARMUP = 2.5e-3, 0.05, 100  # learning rate, its last value as a share, steps
+# Before the corpus: lessons, each until it is mastered or for so many steps at most; steps, tokens of a process's batch.
+# Abilities to find something break through after a number of steps, in small batches; those to compare need large ones.
 LESSONS = {
-    "copying": 800,
-    "comparing": 500,
-    "judging": 500,
-    "serving": 900,
-    "choosing": 600,
-    "lacking": 900,
-    "acting": 900,
-    "recalling": 900,
-    "claiming": 900,
-    "everything": 1500,
+    "copying": (800, 1024),
+    "comparing": (400, 2048),
+    "judging": (500, 2048),
+    "serving": (600, 2048),
+    "naming": (400, 1024),
+    "finding": (400, 1024),
+    "choosing": (400, 1024),
+    "missing": (500, 2048),
+    "asking": (500, 2048),
+    "lacking": (500, 2048),
+    "acting": (600, 2048),
+    "recalling": (500, 2048),
+    "claiming": (400, 2048),
+    "everything": (600, 2048),
 }
 MASTERED, WINDOW = 0.93, 50  # share of replies that begin rightly, over so many steps, with which a lesson is over
 DECIDES = 3.0  # weight of the first token of a reply, which decides what it does
@@ -197,7 +201,7 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
                     f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  begins {means[1]:.3f}",
                     flush=True,
                 )
-        if now.lesson < len(LESSONS) and now.over(LESSONS[names[now.lesson]]):
+        if now.lesson < len(LESSONS) and now.over(LESSONS[names[now.lesson]][0]):
             now.lesson, now.inside, now.recent = now.lesson + 1, 0, []
             batches = parts[names[now.lesson]].batches(0)
         if now.used - saved_at > SAVE_EVERY:
@@ -304,14 +308,14 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
         "seed": options.seed,
         "minutes": options.minutes,
         "processes": options.processes,
-        "tokens_a_batch": [FEW, TOKENS],
+        "tokens_a_batch": TOKENS,
         "peak": PEAK,
-        "lessons": LESSONS,
+        "lessons": {name: list(lesson) for name, lesson in LESSONS.items()},
         "mastered": MASTERED,
         "decides": DECIDES,
     }
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
-    parts = {name: Corpus(options.run / f"{name}.npz", options.seed, FEW) for name in LESSONS}
+    parts = {name: Corpus(options.run / f"{name}.npz", options.seed, tokens) for name, (_, tokens) in LESSONS.items()}
     parts["corpus"] = Corpus(options.run / "corpus.npz", options.seed, TOKENS)
     train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), Run(out, options.minutes, settings))
     if rank == 0:

@@ -12,7 +12,7 @@ from functools import cache
 
 from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
-from svdexpert.worlds.town import Dice, Kit, Order, Town, made_up, order_of, ordering
+from svdexpert.worlds.town import Dice, Kit, Order, Town, fill, fragment, made_up, order_of, ordering, texts_of
 
 MADE_UP_SHARE = 0.6
 Exercise = tuple[list[Message], list[Tool]]
@@ -45,6 +45,29 @@ def different_kits(dice: Dice, number: int) -> list[Kit]:
     return list(kits.values())
 
 
+def ask_short(rng: random.Random) -> Exercise:
+    """Return short orders, details alone and nothing else said, each called for or asked about."""
+    dice = town_dice(rng)
+    kits = different_kits(dice, rng.randint(1, 2))
+    messages: list[Message] = []
+    for _ in range(8):
+        kit = dice.pick(kits)
+        order = replace(_order(dice, [kit], 0), chatter=0)
+        names = list(order.given)
+        rng.shuffle(names)
+        pieces = " ".join([dice.pick(kit.phrases(dice.split)), *(fragment(dice, kit.params[name]) for name in names)])
+        messages.append(user(fill(pieces, texts_of(order.values))))
+        messages.append(_due(order))
+    return messages, [kit.tool for kit in kits]
+
+
+def _due(order: Order) -> Message:
+    """Return what is due: the call, or a question for the first detail that lacks."""
+    if order.missing:
+        return assistant(order.kit.params[order.missing[0]].questions[0])
+    return calling(order.call)
+
+
 def act(rng: random.Random) -> Exercise:
     """Return orders, each called for or asked about."""
     dice = town_dice(rng)
@@ -54,17 +77,29 @@ def act(rng: random.Random) -> Exercise:
     for _ in range(5):
         order = _order(dice, kits, chatter)
         messages.append(user(ordering(dice, order)))
-        if order.missing:
-            messages.append(assistant(order.kit.params[order.missing[0]].questions[0]))
-        else:
-            messages.append(calling(order.call))
+        messages.append(_due(order))
     tools = [kit.tool for kit in kits]
     rng.shuffle(tools)
     return messages, tools
 
 
+def naming(rng: random.Random) -> Exercise:
+    """Return short wishes without a detail, each with the name of the function that serves it: the first rung."""
+    return _asked_which(rng, 12, whole=False, quoted=False)
+
+
+def finding(rng: random.Random) -> Exercise:
+    """Return whole orders, or quoted short ones, each with the name of the function that serves it."""
+    whole = rng.random() < 0.5
+    return _asked_which(rng, 6 if whole else 8, whole=whole, quoted=not whole)
+
+
 def which(rng: random.Random) -> Exercise:
-    """Return orders, each with the question which function it wants."""
+    """Return quoted orders, each with the question which function it wants."""
+    return _asked_which(rng, 6, whole=True, quoted=True)
+
+
+def _asked_which(rng: random.Random, rounds: int, *, whole: bool, quoted: bool) -> Exercise:
     dice = town_dice(rng)
     kits = different_kits(dice, rng.randint(2, 5))
     absent = [kit for kit in different_kits(dice, 6) if all(kit.thing != one.thing for one in kits)][:1]
@@ -72,10 +107,11 @@ def which(rng: random.Random) -> Exercise:
     rng.shuffle(tools)
     options = ", ".join([*(one["function"]["name"] for one in tools), "none"])
     messages: list[Message] = []
-    for _ in range(6):
-        order = _order(dice, absent if absent and dice.chance(0.2) else kits, 1)
-        name = order.kit.name if order.kit in kits else "none"
-        messages += [user(f"User: {ordering(dice, order)}\n\n{call.QUESTION}\nOptions: {options}"), assistant(name)]
+    for _ in range(rounds):
+        kit = dice.pick(absent if quoted and absent and dice.chance(0.2) else kits)
+        text = ordering(dice, _order(dice, [kit], 1)) if whole else dice.pick(kit.phrases(dice.split))
+        question = f"User: {text}\n\n{call.QUESTION}\nOptions: {options}" if quoted else f"Which function? {text}"
+        messages += [user(question), assistant(kit.name if kit in kits else "none")]
     return messages, tools
 
 
