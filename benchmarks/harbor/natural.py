@@ -9,8 +9,8 @@ On Linux the C library hands large tensors back to the system after every step; 
 
 One process of one thread a core: two processes see 1.5 times the tokens that two threads do. Every process has batches
 of its own, gradients are averaged, and each runs Muon for its share of the matrices. Rows of a batch are of similar
-length, in an order that is a function of the seed. The learning rate is a function of the share of the time used up, so that the same command ends well on
-faster and slower machines.
+length, in an order that is a function of the seed. The learning rate is a function of the share of the time used up, so
+that the same command ends well on faster and slower machines.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 PROCESSES = 2
 TOKENS = 2048  # of a process's batch of the corpus, padding included
 PEAK, FLOOR, WARMUP = 2.5e-3, 0.05, 100  # learning rate, its last value as a share, steps
-# Before the corpus: lessons, each until it is mastered or for so many steps at most; steps, tokens of a process's batch.
+# Before the corpus: lessons, each until it is mastered or for so many steps (and tokens of a process's batch) at most.
 # Abilities to find something break through after a number of steps, in small batches; those to compare need large ones.
 LESSONS = {
     "copying": (800, 1024),
