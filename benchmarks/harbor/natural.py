@@ -37,7 +37,7 @@ PROCESSES = 2
 TOKENS = 2048  # of a process's batch of the corpus, padding included
 PEAK, FLOOR, WARMUP = 2.5e-3, 0.05, 100  # learning rate, its last value as a share, steps
 # Before the corpus: lessons, each until it is mastered or for so many steps (and tokens of a process's batch) at most.
-# Abilities to find something break through after a number of steps, in small batches; those to compare need large ones.
+# Abilities to find something break through after a number of steps, so in small batches (LOG.md).
 LESSONS = {
     "copying": (800, 1024),
     "comparing": (400, 2048),
