@@ -12,13 +12,13 @@ import random
 from collections.abc import Sequence
 
 from benchmarks.harbor.orders import Exercise, different_kits, town, town_dice
+from svdexpert.skills import disagree
 from svdexpert.worlds import Message, Tool, assistant, quoted, user
 from svdexpert.worlds.town import (
     FIELDS,
     FORMS,
     PRESSED,
     Dice,
-    Fact,
     Kit,
     Point,
     answer_to,
@@ -29,10 +29,9 @@ from svdexpert.worlds.town import (
     order_of,
     ordering,
     reported,
+    stop,
     texts_of,
 )
-
-JUDGED = "Question: Is this true or false? {}\nOptions: true, false"
 
 
 def about_results(rng: random.Random) -> Exercise:
@@ -70,7 +69,7 @@ def judged(rng: random.Random) -> Exercise:
     for _ in range(6):
         point = _drawn(dice, points)
         true = dice.chance(0.5)
-        asked += [user(quotation + JUDGED.format(_statement(point, true=true))), assistant("true" if true else "false")]
+        asked += [user(quotation + _question(point, true=true)), assistant("true" if true else "false")]
         quotation = ""
     return asked, []
 
@@ -79,21 +78,17 @@ def recalled(rng: random.Random) -> Exercise:
     """Return questions about stored facts of every split, answered in a word or a sentence, and statements judged."""
     dice = town_dice(rng)
     messages: list[Message] = []
-    for fact in rng.sample(_facts(), 14):
+    for fact in rng.sample(town().facts(), 14):
         if dice.chance(0.4):
             true = dice.chance(0.5)
-            text = JUDGED.format(_statement(fact.point(dice.pick(fact.others)), true=true))
-            messages += [user(text), assistant("true" if true else "false")]
+            point = fact.point(dice.pick(fact.others))
+            messages += [user(_question(point, true=true)), assistant("true" if true else "false")]
             continue
         question = ask(dice, fact.point(), {"subject": fact.subject})
         short = dice.chance(0.7)
         messages.append(user(f"{question} In one word." if short else question))
         messages.append(assistant(fact.value if short else dice.pick(fact.told)))
     return messages, []
-
-
-def _facts() -> Sequence[Fact]:
-    return town().facts()
 
 
 def _results(dice: Dice) -> tuple[list[Message], list[Point], list[Kit]]:
@@ -155,6 +150,5 @@ def _unlearnt(text: str, *, wrong: bool) -> Message:
     return assistant(text) | ({"weight": 0} if wrong else {})
 
 
-def _statement(point: Point, *, true: bool) -> str:
-    clause = (point if true else point.flipped).clause
-    return f"{clause[0].upper()}{clause[1:]}."
+def _question(point: Point, *, true: bool) -> str:
+    return disagree.QUESTION.format(statement=stop((point if true else point.flipped).clause))

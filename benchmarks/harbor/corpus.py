@@ -27,7 +27,7 @@ from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
 from svdexpert import skills
 from svdexpert.reply import read
-from svdexpert.skills import Case
+from svdexpert.skills import Case, disagree
 from svdexpert.worlds import Message, Split, Tool, World, assistant, calling, system, user
 from svdexpert.worlds.sgd import SchemaGuided
 from svdexpert.worlds.town import Town
@@ -158,7 +158,7 @@ def fact_documents(town: Town, n: int, seed: int) -> Iterator[Document]:
         for fact in rng.sample(facts, 4):
             true = rng.random() < 0.5
             said = fact.sentence if true else fact.sentence.replace(fact.value, rng.choice(fact.others))
-            text = f"Question: Is this true or false? {said}\nOptions: true, false"
+            text = disagree.QUESTION.format(statement=said)
             messages += [user(text), assistant("true" if true else "false")]
         yield Document(tuple(messages), (), False, "town-facts")
 

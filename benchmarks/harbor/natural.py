@@ -7,10 +7,10 @@ On Linux the C library hands large tensors back to the system after every step; 
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000 python -m ...
 
-One process of one thread a core: two processes see 1.5 times the tokens that two threads do. Every process has batches
-of its own, gradients are averaged, and each runs Muon for its share of the matrices. Rows of a batch are of similar
-length, in an order that is a function of the seed. The learning rate is a function of the share of the time used up, so
-that the same command ends well on faster and slower machines.
+One process of one thread a core: 6,480 tokens/s of 2 x 1,024 a batch, two threads 3,878 of 1,024. Every process has
+batches of its own, gradients are averaged, and each runs Muon for its share of the matrices. Rows of a batch are of
+similar length, in an order that is a function of the seed. The learning rate follows the share of the time that is used
+up, so that the same command ends well on faster and slower machines.
 """
 
 from __future__ import annotations

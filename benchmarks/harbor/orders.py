@@ -52,7 +52,7 @@ def ask_short(rng: random.Random) -> Exercise:
     messages: list[Message] = []
     for _ in range(8):
         kit = dice.pick(kits)
-        order = replace(_order(dice, [kit], 0), chatter=0)
+        order = _order(dice, [kit], 0)
         names = list(order.given)
         rng.shuffle(names)
         pieces = " ".join([dice.pick(kit.phrases(dice.split)), *(fragment(dice, kit.params[name]) for name in names)])

@@ -28,6 +28,7 @@ from svdexpert.reply import read
 from svdexpert.skills import Bad, Case, Knowing, Openings, Verdict, alternate, half
 from svdexpert.worlds import Claim, Split, World, quoted, user
 
+QUESTION = "Question: Is this true or false? {statement}\nOptions: true, false"  # of its knowing items
 MOVE = "reject"
 OPENINGS = Openings(
     move=("No,", "Actually,", "That is not right"),
@@ -82,7 +83,7 @@ def case(world: str, scene: Claim, seed: int = 0) -> Case:
 
 def _knowing(scene: Claim) -> Knowing:
     """Return the claim as a statement to judge; what the user's last message says is left out of the quotation."""
-    text = f"Question: Is this true or false? {scene.statement}\nOptions: true, false"
+    text = QUESTION.format(statement=scene.statement)
     if scene.in_context:
         text = f"{quoted(scene.messages[:-1], keep=(scene.truth,))}\n\n{text}"
     answer = "false" if scene.kind == "false" else "true"
