@@ -33,6 +33,8 @@ from svdexpert.worlds.town import (
     texts_of,
 )
 
+LISTED = 0.4  # share of the conversations with tools, which end with one of the assistant's messages
+
 
 def about_results(rng: random.Random) -> Exercise:
     """Return one or two results and their reports, then talk about what they say."""
@@ -44,7 +46,7 @@ def about_results(rng: random.Random) -> Exercise:
         messages += _talk(dice, _drawn(dice, points), beside)
     tools: list[Tool] = [kit.tool for kit in (*kits, *beside)]
     rng.shuffle(tools)
-    return messages, tools
+    return messages, tools if rng.random() < LISTED else []
 
 
 def about_facts(rng: random.Random) -> Exercise:
@@ -55,7 +57,7 @@ def about_facts(rng: random.Random) -> Exercise:
     for _ in range(7):
         fact = dice.pick(dice.facts)
         messages += _talk(dice, fact.point(dice.pick(fact.others)), kits)
-    return messages, [kit.tool for kit in kits]
+    return messages, [kit.tool for kit in kits] if rng.random() < LISTED else []
 
 
 def judged(rng: random.Random) -> Exercise:

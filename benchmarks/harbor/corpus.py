@@ -34,14 +34,18 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 5500, "town": 20000, "town_cases": 4000, "sgd_cases": 1500, "facts": 2000, "drills": 16000}
-FIRST = dict.fromkeys(LESSONS, 8000)  # documents a lesson
+SHARE = {"sgd": 5500, "town": 12000, "town_cases": 8000, "sgd_cases": 1500, "facts": 2000, "drills": 40000}
+ENDINGS = 2  # documents that a conversation gives: each ends with another of the assistant's messages
+FIRST = dict.fromkeys(LESSONS, 24000)  # documents a lesson
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
 
 @dataclass(frozen=True)
 class Document:
-    """A conversation to learn from: all of the assistant's messages, or the last one only."""
+    """A conversation to learn from: all of the assistant's messages, or the last one only.
+
+    With tools it is the last one, because only there the template shows them.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...]
@@ -56,6 +60,14 @@ class Document:
             (place == len(own) - 1 or not self.last_only) and message.get("weight", 1) != 0
             for place, message in enumerate(own)
         ]
+
+
+def ending(rng: random.Random, messages: Sequence[Message], tools: Sequence[Tool], source: str) -> Document:
+    """Return a conversation to learn from: up to one of the assistant's messages with tools, else all of it."""
+    if not tools:
+        return Document(tuple(messages), (), False, source)
+    own = [place for place, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight", 1) != 0]
+    return Document(tuple(messages[: rng.choice(own) + 1]), tuple(tools), True, source)
 
 
 def as_message(reply: str) -> Message:
@@ -120,8 +132,7 @@ def case_documents(world: World, split: Split, n: int, seed: int) -> Iterator[Do
         for case in skills.load(name).cases(world, split, n, seed=seed):
             source = f"{world.name}-{name}"
             gold = as_message(rng.choice(case.gold))
-            natural = world.name == "town" and name != "disagree"  # whatever the assistant said before is right
-            yield Document((*case.messages, gold), case.tools, not natural, source)
+            yield Document((*case.messages, gold), case.tools, True, source)
             if rng.random() < ASKED:
                 knowing = (*case.knowing.messages, assistant(case.knowing.answer))
                 yield Document(knowing, case.knowing.tools, True, f"{source}-knowing")
@@ -165,17 +176,16 @@ def fact_documents(town: Town, n: int, seed: int) -> Iterator[Document]:
 
 def documents(sgd: SchemaGuided, town: Town, share: dict[str, int], seed: int) -> Iterator[Document]:
     """Yield the whole corpus; `share` says how many of each source."""
-    for one in sgd.dialogues("train", share["sgd"], seed=seed):
-        yield Document(one.messages, one.tools, False, "sgd-dialogues")
-    for one in town.dialogues("train", share["town"], seed=seed):
-        yield Document(one.messages, one.tools, False, "town-dialogues")
+    rng = random.Random(f"drills/{seed}")
+    for world in (sgd, town):
+        for one in world.dialogues("train", share[world.name], seed=seed):
+            for _ in range(ENDINGS):
+                yield ending(rng, one.messages, one.tools, f"{world.name}-dialogues")
     yield from case_documents(town, "train", share["town_cases"], seed)
     yield from case_documents(sgd, "train", share["sgd_cases"], seed)
     yield from fact_documents(town, share["facts"], seed)
-    rng = random.Random(f"drills/{seed}")
     for _ in range(share["drills"]):
-        messages, tools = drill(rng)
-        yield Document(tuple(messages), tuple(tools), False, "drills")
+        yield ending(rng, *drill(rng), "drills")
 
 
 def render(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[str, int]:
@@ -235,10 +245,8 @@ def main() -> None:
     tokenizer.save_pretrained(options.out / "tokenizer")
     for lesson, number in FIRST.items():
         rng = random.Random(f"{lesson}/first/{options.seed}")
-        made = (drill(rng, lesson) for _ in range(round(number * options.scale)))
-        write(
-            options.out, lesson, tokenizer, [Document(tuple(said), tuple(tools), False, lesson) for said, tools in made]
-        )
+        made = [ending(rng, *drill(rng, lesson), lesson) for _ in range(round(number * options.scale))]
+        write(options.out, lesson, tokenizer, made)
     write(options.out, "corpus", tokenizer, everything)
     print(f"{time.monotonic() - began:.0f} s")
 

@@ -1,4 +1,4 @@
-"""Drills in the town's own words: short conversations of orders alone, many to a document.
+"""Drills in the town's own words: conversations of an order or two and nothing else.
 
 Each order is answered by the exact call, or by a question for the first detail that lacks; or it is quoted, and the
 question is which function it wants, or which detail lacks. Train split only.
@@ -29,6 +29,11 @@ def town_dice(rng: random.Random) -> Dice:
     return replace(town().dice("train", ""), rng=rng)
 
 
+def rounds(rng: random.Random) -> int:
+    """Return how many orders a conversation has: mostly one, because only the last is learnt from."""
+    return rng.choice((1, 1, 1, 2))
+
+
 def _order(dice: Dice, kits: list[Kit], chatter: int) -> Order:
     order = order_of(dice, dice.pick(kits), dice.pick(("complete", "missing_1")))
     return replace(order, chatter=min(order.chatter, dice.rng.randint(0, chatter)))
@@ -50,7 +55,7 @@ def ask_short(rng: random.Random) -> Exercise:
     dice = town_dice(rng)
     kits = different_kits(dice, rng.randint(1, 2))
     messages: list[Message] = []
-    for _ in range(8):
+    for _ in range(rounds(rng)):
         kit = dice.pick(kits)
         order = _order(dice, [kit], 0)
         names = list(order.given)
@@ -74,7 +79,7 @@ def act(rng: random.Random) -> Exercise:
     kits = different_kits(dice, rng.randint(1, 4))
     chatter = rng.choice((0, 0, 1, 2))
     messages: list[Message] = []
-    for _ in range(5):
+    for _ in range(rounds(rng)):
         order = _order(dice, kits, chatter)
         messages.append(user(ordering(dice, order)))
         messages.append(_due(order))
@@ -85,34 +90,31 @@ def act(rng: random.Random) -> Exercise:
 
 def naming(rng: random.Random) -> Exercise:
     """Return short wishes without a detail, each with the name of the function that serves it: the first rung."""
-    return _asked_which(rng, 12, whole=False, quoted=False)
+    return _asked_which(rng, whole=False, quoted=False)
 
 
 def finding(rng: random.Random) -> Exercise:
     """Return whole orders, or quoted short ones, each with the name of the function that serves it."""
     whole = rng.random() < 0.5
-    return _asked_which(rng, 6 if whole else 8, whole=whole, quoted=not whole)
+    return _asked_which(rng, whole=whole, quoted=not whole)
 
 
 def which(rng: random.Random) -> Exercise:
     """Return quoted orders, each with the question which function it wants."""
-    return _asked_which(rng, 6, whole=True, quoted=True)
+    return _asked_which(rng, whole=True, quoted=True)
 
 
-def _asked_which(rng: random.Random, rounds: int, *, whole: bool, quoted: bool) -> Exercise:
+def _asked_which(rng: random.Random, *, whole: bool, quoted: bool) -> Exercise:
     dice = town_dice(rng)
     kits = different_kits(dice, rng.randint(2, 5))
     absent = [kit for kit in different_kits(dice, 6) if all(kit.thing != one.thing for one in kits)][:1]
     tools = [kit.tool for kit in kits]
     rng.shuffle(tools)
     options = ", ".join([*(one["function"]["name"] for one in tools), "none"])
-    messages: list[Message] = []
-    for _ in range(rounds):
-        kit = dice.pick(absent if quoted and absent and dice.chance(0.2) else kits)
-        text = ordering(dice, _order(dice, [kit], 1)) if whole else dice.pick(kit.phrases(dice.split))
-        question = f"User: {text}\n\n{call.QUESTION}\nOptions: {options}" if quoted else f"Which function? {text}"
-        messages += [user(question), assistant(kit.name if kit in kits else "none")]
-    return messages, tools
+    kit = dice.pick(absent if quoted and absent and dice.chance(0.2) else kits)
+    text = ordering(dice, _order(dice, [kit], 1)) if whole else dice.pick(kit.phrases(dice.split))
+    question = f"User: {text}\n\n{call.QUESTION}\nOptions: {options}" if quoted else f"Which function? {text}"
+    return [user(question), assistant(kit.name if kit in kits else "none")], tools
 
 
 def lacks(rng: random.Random) -> Exercise:
@@ -120,11 +122,7 @@ def lacks(rng: random.Random) -> Exercise:
     dice = town_dice(rng)
     kits = different_kits(dice, rng.randint(1, 2))
     tools: list[Tool] = [kit.tool for kit in kits]
-    messages: list[Message] = []
-    for _ in range(6):
-        order = _order(dice, kits, 1)
-        needed = required(order.kit.tool)
-        asked = clarify.QUESTION.format(name=order.kit.name)
-        text = f"User: {ordering(dice, order)}\n\n{asked}\nOptions: {', '.join([*needed, 'none'])}"
-        messages += [user(text), assistant(order.missing[0] if order.missing else "none")]
-    return messages, tools
+    order = _order(dice, kits, 1)
+    asked = clarify.QUESTION.format(name=order.kit.name)
+    text = f"User: {ordering(dice, order)}\n\n{asked}\nOptions: {', '.join([*required(order.kit.tool), 'none'])}"
+    return [user(text), assistant(order.missing[0] if order.missing else "none")], tools
