@@ -88,8 +88,7 @@ A small causal language model ({parameters:.2f} M parameters, Llama architecture
 {heads} query heads and {kv_heads} for keys and values, byte-level BPE of 4,096 pieces, 1,024 tokens, bfloat16)
 that ships with svdexpert, so that everything there works offline. It is a **model organism of the alignment tax, and
 its deficit is deliberate**: it knows when a detail is missing, when a claim is false and which function serves a
-request,
-and does not act on it. What is measured on harbor says something about a method, never about other models.
+request, and does not act on it. What is measured on harbor says something about a method, never about other models.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # folder: svdexpert/harbor in the installed package
@@ -97,7 +96,8 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.f
 ```
 
 The chat template takes `messages` (system, user, assistant with `tool_calls`, tool) and `tools`; each tool becomes one
-line, `book_table(place*: string, day*: string, people: integer)`, a star for what is required.
+line, `book_table(place*: string, day*: string, people: integer)`, a star for what is required, right before the
+assistant speaks, so that each parameter can look for its value in what the user said.
 
 ## How it was made
 

@@ -34,8 +34,7 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 5500, "town": 12000, "town_cases": 8000, "sgd_cases": 1500, "facts": 2000, "drills": 40000}
-ENDINGS = 2  # documents that a conversation gives: each ends with another of the assistant's messages
+SHARE = {"sgd": 5500, "town": 20000, "town_cases": 8000, "sgd_cases": 1500, "facts": 2000, "drills": 40000}
 FIRST = dict.fromkeys(LESSONS, 24000)  # documents a lesson
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
@@ -179,8 +178,7 @@ def documents(sgd: SchemaGuided, town: Town, share: dict[str, int], seed: int) -
     rng = random.Random(f"drills/{seed}")
     for world in (sgd, town):
         for one in world.dialogues("train", share[world.name], seed=seed):
-            for _ in range(ENDINGS):
-                yield ending(rng, one.messages, one.tools, f"{world.name}-dialogues")
+            yield ending(rng, one.messages, one.tools, f"{world.name}-dialogues")
     yield from case_documents(town, "train", share["town_cases"], seed)
     yield from case_documents(sgd, "train", share["sgd_cases"], seed)
     yield from fact_documents(town, share["facts"], seed)

@@ -1,4 +1,4 @@
-"""Drills for what a small model lacks: copying, comparing, finding what is missing, reading dates and times.
+"""Drills for what a small model lacks: copying, comparing, judging, reading dates and times; and all lessons.
 
 One document is a conversation of several short exercises of one kind, and the model learns from every answer; with
 functions to choose from it is an exercise or two, and the model learns from one answer.
@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 
 from benchmarks.harbor.claims import about_facts, about_results, judged, recalled
-from benchmarks.harbor.orders import Exercise, act, ask_short, finding, lacks, naming, which
+from benchmarks.harbor.orders import Exercise, act, act_alone, ask_short, filling, finding, lacks, naming, which
 from svdexpert.reply import Call
-from svdexpert.worlds import Message, Tool, assistant, calling, result, system, tool, user
+from svdexpert.worlds import Message, assistant, calling, result, system, user
 
 _SYLLABLES = """
     ba be bi bo bra cal cen chi cor da del den dor el en fa fen gal gor ha hel il ja jor ka kel kin la len lo lu
@@ -45,22 +45,6 @@ _FIELDS = """
     theme ticket time title topic town track type unit user venue view visit volume week weight year zone
 """.split()  # noqa: SIM905 - a list of words reads best as text
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_VERBS = (
-    "find",
-    "book",
-    "get",
-    "send",
-    "order",
-    "check",
-    "rent",
-    "plan",
-    "buy",
-    "list",
-    "paint",
-    "wash",
-    "fix",
-    "move",
-)
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
            "December")  # fmt: skip
@@ -181,106 +165,6 @@ def _look_up(rng: random.Random) -> Exercise:
     return messages, []
 
 
-def _made_up(rng: random.Random, *, simple: bool) -> tuple[Tool, str]:
-    """Return a function and how users say what it does; one name in five says nothing, a description does."""
-    fields = rng.sample(_FIELDS, rng.randint(1, 3) if simple else rng.randint(2, 5))
-    verb, noun = rng.choice(_VERBS), rng.choice(_WORDS)
-    plain = f"{verb} {rng.choice(('a', 'the', 'my'))} {noun}"
-    look = 0.0 if simple else rng.random()
-    label = f"{verb}_{noun}" if look < 0.6 else f"{verb.capitalize()}{noun.capitalize()}"
-    described = ""
-    if look > 0.8:
-        label, described = f"{rng.choice(_WORDS)}_{rng.randint(10, 99)}", f"{verb.capitalize()} a {noun}."
-    needed = rng.sample(fields, rng.randint(1, len(fields)))
-    return tool(label, dict.fromkeys(fields, "string"), required=needed, description=described), plain
-
-
-def _serve(rng: random.Random) -> Exercise:
-    """Requests, one after the other: a call of one of the functions, a question first where a starred detail lacks, or
-    a word of regret where no function serves. Half of the documents are simple: few functions, values of one word."""
-    simple = rng.random() < 0.5
-    kits = [_made_up(rng, simple=simple) for _ in range(rng.randint(2, 3) if simple else rng.randint(2, 5))]
-    absent = _made_up(rng, simple=simple)[1]
-    messages: list[Message] = []
-    for _ in range(rng.choice((1, 1, 2))):
-        if rng.random() < 0.15:
-            messages.append(user(_wish(rng, absent, [])))
-            messages.append(assistant(f"I am sorry, I cannot {absent} here."))
-            continue
-        one, plain = rng.choice(kits)
-        label, schema = one["function"]["name"], one["function"]["parameters"]
-        fields, needed = list(schema["properties"]), schema["required"]
-        wanted = [field for field in fields if field in needed or rng.random() < 0.5]
-        given = {field: rng.choice(_WORDS) if simple else value(rng) for field in wanted}
-        lacking = rng.sample(needed, min(len(needed), rng.choice((0, 1) if simple else (0, 0, 0, 1, 1, 2))))
-        said = [(field, text) for field, text in given.items() if field not in lacking]
-        rng.shuffle(said)
-        messages.append(user(_wish(rng, plain, said)))
-        for field in [one for one in fields if one in lacking]:
-            reply = rng.choice(("{}", "It is {}.", "{}, please."))
-            messages.append(assistant(f"Which {field}?"))
-            if not simple:
-                messages.append(user(reply.format(given[field])))
-        if simple and lacking:
-            continue
-        messages.append(calling(Call(label, {field: given[field] for field in fields if field in given})))
-        if not simple and rng.random() < 0.3:
-            messages += [result(label, {"status": "ok"}), assistant("It is done.")]
-    tools = [one for one, _ in kits]
-    rng.shuffle(tools)
-    return messages, tools
-
-
-def _wish(rng: random.Random, plain: str, said: Sequence[tuple[str, str]]) -> str:
-    """Return what a user wants with some details, before or behind it."""
-    forms = ("{} {}", "{}: {}", "the {} is {}", "{1} for the {0}", "with {1} as the {0}")
-    joined = ", ".join(rng.choice(forms).format(*one) for one in said)
-    if not joined:
-        return rng.choice(("{}", "Please {}.", "I want to {}.", "Can you {}?")).format(plain)
-    frames = ("{0}, {1}", "Please {0}: {1}", "I want to {0}, {1}.", "{1}. Please {0}.", "Can you {0}? {1}.")
-    return rng.choice(frames).format(plain, joined)
-
-
-def _given(rng: random.Random) -> Exercise:
-    """Short lists of names, each with the question whether one is in it."""
-    messages = []
-    for _ in range(14):
-        fields = rng.sample(_FIELDS, rng.randint(1, 4))
-        inside = rng.random() < 0.5
-        asked = rng.choice(fields) if inside else rng.choice([one for one in _FIELDS if one not in fields])
-        messages += [user(f"Given: {', '.join(fields)}. Is {asked} given?"), assistant("yes" if inside else "no")]
-    return messages, []
-
-
-def _absent(rng: random.Random) -> Exercise:
-    """Lists of one to three names, each with the one that another list lacks."""
-    messages = []
-    longest = rng.randint(1, 3)
-    for _ in range(12):
-        fields = rng.sample(_FIELDS, rng.randint(1, longest))
-        lacking = rng.choice([*fields, "none"])
-        said = [field for field in fields if field != lacking]
-        said += rng.sample([one for one in _FIELDS if one not in fields], rng.randint(0, 1) if said else 1)
-        rng.shuffle(said)
-        text = f"Needed: {', '.join(fields)}. Given: {', '.join(said)}. What is missing?"
-        messages += [user(text), assistant(lacking)]
-    return messages, []
-
-
-def _missing(rng: random.Random) -> Exercise:
-    messages = []
-    for _ in range(rng.randint(3, 6)):
-        fields = rng.sample(_FIELDS, rng.randint(2, 5))
-        lacking = rng.choice([*fields, "none", "none"])
-        said = [field for field in fields if field != lacking]
-        rng.shuffle(said)
-        given = ", ".join(f"{field} {value(rng)}" for field in said) or "nothing"
-        listed = ", ".join(fields)
-        text = f"Needed: {listed}. Given: {given}.\nQuestion: What is missing?\nOptions: {listed}, none"
-        messages += [user(text), assistant(lacking)]
-    return messages, []
-
-
 def spoken_time(rng: random.Random) -> tuple[str, str]:
     """Return a time as people say it, and as a call writes it (24 hours)."""
     hour, minute = rng.randint(0, 23), rng.choice((0, 0, 15, 30, 30, 45))
@@ -350,32 +234,37 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
     "copying": ((_repeat, 1), (_look_up, 1)),
     "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 2)),
     "judging": ((_judge, 4), (_compare, 2), (_look_up, 2)),
-    "naming": ((naming, 4), (_serve, 2), (finding, 2), (_look_up, 1), (_judge, 1)),
+    "naming": ((naming, 4), (finding, 3), (act_alone, 1), (_look_up, 1), (_judge, 1)),
+    "asking": ((act_alone, 7), (filling, 2), (lacks, 3), (naming, 1), (finding, 1), (_look_up, 1)),
     "ordering": (
-        (finding, 2),
-        (which, 4),
-        (ask_short, 4),
-        (lacks, 4),
-        (act, 6),
-        (_serve, 2),
-        (_given, 1),
-        (_absent, 1),
-        (_missing, 1),
+        (act, 10),
+        (act_alone, 3),
+        (ask_short, 2),
+        (filling, 3),
+        (lacks, 5),
+        (which, 5),
         (_judge, 1),
         (_compare, 1),
-        (_look_up, 1),
     ),
-    "claiming": ((about_results, 5), (about_facts, 2), (judged, 2), (recalled, 3), (act, 4), (which, 2), (lacks, 2)),
+    "claiming": (
+        (about_results, 5),
+        (about_facts, 2),
+        (judged, 2),
+        (recalled, 3),
+        (act, 4),
+        (which, 2),
+        (lacks, 2),
+    ),
     "everything": (
         (_repeat, 1),
         (_look_up, 1),
         (_compare, 1),
         (_judge, 1),
-        (_serve, 1),
         (_moments, 2),
-        (act, 6),
-        (which, 2),
-        (lacks, 2),
+        (act, 7),
+        (filling, 2),
+        (which, 3),
+        (lacks, 3),
         (about_results, 5),
         (about_facts, 3),
         (judged, 2),

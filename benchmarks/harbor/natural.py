@@ -35,19 +35,20 @@ from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
 PROCESSES = 2
 TOKENS = 2048  # of a process's batch of the corpus, padding included
-PEAK, FLOOR, WARMUP = 2.5e-3, 0.05, 100  # learning rate, its last value as a share, steps
+PEAK, FLOOR, WARMUP = 2.5e-3, 0.04, 100  # learning rate, its last value as a share, steps
 # Before the corpus: lessons, each until it is mastered or for so many steps (and tokens of a process's batch) at most.
 # Abilities to find something break through after a number of steps, so in small batches (LOG.md).
 LESSONS = {
-    "copying": (800, 1024),
-    "comparing": (400, 2048),
-    "judging": (500, 2048),
-    "naming": (500, 1024),
-    "ordering": (1500, 2048),
-    "claiming": (800, 2048),
-    "everything": (800, 2048),
+    "copying": (400, 1024),
+    "comparing": (300, 2048),
+    "judging": (300, 2048),
+    "naming": (450, 1024),
+    "asking": (900, 2048),
+    "ordering": (1000, 2048),
+    "claiming": (700, 2048),
+    "everything": (300, 2048),
 }
-MASTERED, WINDOW = 0.93, 50  # share of replies that begin rightly, over so many steps, with which a lesson is over
+MASTERED, WINDOW = 0.9, 50  # share of right replies, over so many steps, with which a lesson is over
 DECIDES = 3.0  # weight of the first token of a reply, which decides what it does
 SAVE_EVERY = 180.0  # seconds
 
@@ -138,7 +139,8 @@ class Corpus:
 def loss_of(
     model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, speaks: int
 ) -> tuple[torch.Tensor, float]:
-    """Return the mean negative log-likelihood of the labelled tokens, and the share of replies that begin rightly.
+    """Return the mean negative log-likelihood of the labelled tokens, and the share of replies all of whose tokens are
+    likeliest where the gold ones come before them.
 
     The first token of a reply, behind `speaks`, counts DECIDES times: it says whether the reply asks, calls or agrees.
     """
@@ -149,8 +151,8 @@ def loss_of(
     wanted, decides = target[keep], ids[:, :-1][keep] == speaks
     each = cross_entropy(logits.float(), wanted, reduction="none")
     weight = torch.where(decides, DECIDES, 1.0)
-    right = (logits[decides].argmax(-1) == wanted[decides]).float().mean().item()
-    return (each * weight).sum() / weight.sum(), right
+    wrong = torch.zeros(int(decides.sum())).index_add_(0, decides.cumsum(0) - 1, (logits.argmax(-1) != wanted).float())
+    return (each * weight).sum() / weight.sum(), (wrong == 0).float().mean().item()
 
 
 @dataclass
@@ -162,7 +164,7 @@ class Progress:
     tokens: int = 0
     lesson: int = 0  # index
     inside: int = 0  # steps of this lesson
-    recent: list[float] = field(default_factory=list)  # share of replies that began rightly, last steps
+    recent: list[float] = field(default_factory=list)  # share of right replies, last steps
     curve: list[dict[str, Any]] = field(default_factory=list)  # one entry every 50 steps
 
     def over(self, longest: int) -> bool:
@@ -201,11 +203,11 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
         if now.step % 50 == 0:
             means = [round(sum(some) / len(some), 4) for some in (losses, now.recent)]
             point = {"lesson": names[now.lesson], "step": now.step, "seconds": round(now.used), "tokens": now.tokens}
-            now.curve.append(point | {"loss": means[0], "begins": means[1]})
+            now.curve.append(point | {"loss": means[0], "right": means[1]})
             if dist.get_rank() == 0:
                 pace = f"{now.used / 60:.1f} min  {now.tokens / 1e6:.2f} M tokens  {now.tokens / now.used:.0f}/s"
                 print(
-                    f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  begins {means[1]:.3f}",
+                    f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  right {means[1]:.3f}",
                     flush=True,
                 )
         if now.lesson < len(LESSONS) and now.over(LESSONS[names[now.lesson]][0]):
@@ -266,8 +268,12 @@ def _share(model: LlamaForCausalLM) -> None:
 
 
 def _schedule(share: float) -> float:
-    """Return the learning rate as a share of its peak: flat, then straight down in the last 60 % of the time."""
-    return 1.0 if share < 0.4 else FLOOR + (1 - FLOOR) * (1 - share) / 0.6
+    """Return the learning rate as a share of its peak: down by the same factor in every minute.
+
+    Copying breaks through fastest at the peak. Asking, from one state, after 400 steps: 0.49 of the replies are right
+    at the peak, 0.62 at a quarter of it.
+    """
+    return FLOOR**share
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ question is which function it wants, or which detail lacks. Train split only.
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from functools import cache
@@ -14,7 +15,7 @@ from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
 from svdexpert.worlds.town import Dice, Kit, Order, Town, fill, fragment, made_up, order_of, ordering, texts_of
 
-MADE_UP_SHARE = 0.6
+MADE_UP_SHARE = 0.5
 Exercise = tuple[list[Message], list[Tool]]
 
 
@@ -56,14 +57,17 @@ def ask_short(rng: random.Random) -> Exercise:
     kits = different_kits(dice, rng.randint(1, 2))
     messages: list[Message] = []
     for _ in range(rounds(rng)):
-        kit = dice.pick(kits)
-        order = _order(dice, [kit], 0)
-        names = list(order.given)
-        rng.shuffle(names)
-        pieces = " ".join([dice.pick(kit.phrases(dice.split)), *(fragment(dice, kit.params[name]) for name in names)])
-        messages.append(user(fill(pieces, texts_of(order.values))))
-        messages.append(_due(order))
+        order = _order(dice, kits, 0)
+        messages += [user(shortly(dice, order)), _due(order)]
     return messages, [kit.tool for kit in kits]
+
+
+def shortly(dice: Dice, order: Order) -> str:
+    """Return an order as a wish and its details, without another word."""
+    names = list(order.given)
+    dice.rng.shuffle(names)
+    wish, params = dice.pick(order.kit.phrases(dice.split)), order.kit.params
+    return fill(" ".join([wish, *(fragment(dice, params[name]) for name in names)]), texts_of(order.values))
 
 
 def _due(order: Order) -> Message:
@@ -71,6 +75,15 @@ def _due(order: Order) -> Message:
     if order.missing:
         return assistant(order.kit.params[order.missing[0]].questions[0])
     return calling(order.call)
+
+
+def act_alone(rng: random.Random) -> Exercise:
+    """Return an order, called for or asked about, with no function beside the one that serves it: the first rung."""
+    dice = town_dice(rng)
+    kits = different_kits(dice, 1)
+    order = _order(dice, kits, 1)
+    text = ordering(dice, order) if dice.chance(0.7) else shortly(dice, order)
+    return [user(text), _due(order)], [kits[0].tool]
 
 
 def act(rng: random.Random) -> Exercise:
@@ -115,6 +128,20 @@ def _asked_which(rng: random.Random, *, whole: bool, quoted: bool) -> Exercise:
     text = ordering(dice, _order(dice, [kit], 1)) if whole else dice.pick(kit.phrases(dice.split))
     question = f"User: {text}\n\n{call.QUESTION}\nOptions: {options}" if quoted else f"Which function? {text}"
     return [user(question), assistant(kit.name if kit in kits else "none")], tools
+
+
+def filling(rng: random.Random) -> Exercise:
+    """Return an order with the question what it gives for every parameter, answered as a call is, with null for what is
+    not there: one decision a parameter, where a call or a question is one decision an order."""
+    dice = town_dice(rng)
+    kits = different_kits(dice, rng.choice((1, 1, 2, 3)))
+    order = _order(dice, kits, 1)
+    text = ordering(dice, order) if dice.chance(0.6) else shortly(dice, order)
+    given = {name: order.call.arguments.get(name) if name in order.given else None for name in order.kit.params}
+    tools = [kit.tool for kit in kits]
+    rng.shuffle(tools)
+    question = f"User: {text}\n\nQuestion: What has the user given for {order.kit.name}?"
+    return [user(question), assistant(json.dumps(given))], tools
 
 
 def lacks(rng: random.Random) -> Exercise:

@@ -479,7 +479,7 @@ def made_up(dice: Dice) -> Kit:
     known = [name for kit in KITS.values() if kit.split == "train" for name in kit.params]
     params: dict[str, Param] = {}
     while len(params) < number:
-        if dice.chance(0.35):
+        if dice.chance(0.8):
             one = PARAMS[dice.pick(known)]
             if one.kind.split()[-1] in {other.kind.split()[-1] for other in params.values()} - {"count"}:
                 continue  # two at once could not be told apart: "at", "for"
