@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
+from functools import cache
 
 from benchmarks.harbor.claims import about_facts, about_results, judged, recalled
 from benchmarks.harbor.orders import Exercise, act, act_alone, ask_short, filling, finding, lacks, naming, which
 from svdexpert.reply import Call
 from svdexpert.worlds import Message, assistant, calling, result, system, user
+from svdexpert.worlds.town import KITS, PARAMS
 
 _SYLLABLES = """
     ba be bi bo bra cal cen chi cor da del den dor el en fa fen gal gor ha hel il ja jor ka kel kin la len lo lu
@@ -56,11 +58,24 @@ def name(rng: random.Random) -> str:
     return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
 
 
+@cache
+def town_words() -> list[str]:
+    """Return the words of the town's functions, those of the held-out ones as well: a word that a model has never seen
+    in any place cannot be copied."""
+    said = {
+        word for kit in KITS.values() for text in (*kit.cores.all, kit.thing, kit.description) for word in text.split()
+    }
+    said |= {word for param in PARAMS.values() for word in param.words.split()}
+    return sorted({word.strip(".,").lower() for word in said})
+
+
 def value(rng: random.Random) -> str:
     """Return a value of any kind: names, words, codes, numbers, times, dates, prices, addresses."""
-    kind = rng.randrange(9)
+    kind = rng.randrange(10)
     if kind == 0:
         return name(rng)
+    if kind == 9:
+        return rng.choice(town_words())
     if kind == 1:
         return f"{name(rng)} {name(rng)}"
     if kind == 2:

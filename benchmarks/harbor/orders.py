@@ -13,9 +13,23 @@ from functools import cache
 
 from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
-from svdexpert.worlds.town import Dice, Kit, Order, Town, fill, fragment, made_up, order_of, ordering, texts_of
+from svdexpert.worlds.town import (
+    Dice,
+    Kit,
+    Order,
+    Town,
+    fill,
+    fragment,
+    made_up,
+    order_of,
+    ordering,
+    refusals,
+    stop,
+    texts_of,
+)
 
-MADE_UP_SHARE = 0.5
+MADE_UP_SHARE, RENAMED_SHARE = 0.5, 0.4  # of all functions; of those that are not made up
+_SMALL = frozenset("a an the my to of for on in at them".split())  # noqa: SIM905 - reads best as text
 Exercise = tuple[list[Message], list[Tool]]
 
 
@@ -46,9 +60,18 @@ def different_kits(dice: Dice, number: int) -> list[Kit]:
     kits: dict[str, Kit] = {}
     while len(kits) < number:
         kit = made_up(dice) if dice.chance(MADE_UP_SHARE) else dice.kit()
+        kit = renamed(dice, kit) if not kit.made_up and dice.chance(RENAMED_SHARE) else kit
         if all(kit.thing != one.thing for one in kits.values()):
             kits[kit.name] = kit
     return list(kits.values())
+
+
+def renamed(dice: Dice, kit: Kit) -> Kit:
+    """Return a function of the town under another name, made of what users say of it, at times with a description: a
+    wish is to be matched with what a signature says, not with a name known by heart."""
+    phrase, other = (dice.pick(kit.phrases(dice.split)) for _ in range(2))
+    name = "_".join(word.replace("-", "_") for word in phrase.split() if word not in _SMALL)
+    return replace(kit, name=name, description=stop(other) if dice.chance(0.5) else "")
 
 
 def ask_short(rng: random.Random) -> Exercise:
@@ -87,15 +110,15 @@ def act_alone(rng: random.Random) -> Exercise:
 
 
 def act(rng: random.Random) -> Exercise:
-    """Return orders, each called for or asked about."""
+    """Return orders, each called for or asked about, or refused where no function serves."""
     dice = town_dice(rng)
-    kits = different_kits(dice, rng.randint(1, 4))
+    absent, *kits = different_kits(dice, rng.randint(2, 5))
     chatter = rng.choice((0, 0, 1, 2))
     messages: list[Message] = []
     for _ in range(rounds(rng)):
-        order = _order(dice, kits, chatter)
-        messages.append(user(ordering(dice, order)))
-        messages.append(_due(order))
+        served = dice.chance(0.85)
+        order = _order(dice, kits if served else [absent], chatter)
+        messages += [user(ordering(dice, order)), _due(order) if served else assistant(refusals(absent)[0])]
     tools = [kit.tool for kit in kits]
     rng.shuffle(tools)
     return messages, tools

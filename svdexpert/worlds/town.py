@@ -486,10 +486,14 @@ def made_up(dice: Dice) -> Kit:
         else:
             one = _made_up_param(dice)
         params[one.name] = one
-    cores = Bank([f"{verb} {article} {noun}" for article in ("a" if noun[0] not in "aeiou" else "an", "the", "my")])
+    names, opaque, aliased = list(params), dice.chance(0.1), dice.chance(0.25)
+    spoken = dice.pick([word for word in MADE_UP["nouns"] if word != noun]) if aliased else noun
+    article = "an" if spoken[0] in "aeiou" else "a"
+    wishes = [f"{verb} {{a}}", *rng.sample(MADE_UP["wishes"], 2)]
+    said = [form.replace("{a}", f"{rng.choice((article, 'the', 'my'))} {spoken}") for form in wishes]
+    cores = Bank([f"{verb} {article} {spoken}", *said])
     kinds = {param.kind for param in params.values()}
     fields = tuple(rng.sample([name for name, one in FIELDS.items() if one.kind not in kinds], 3))
-    names, opaque = list(params), dice.chance(0.1)
     return Kit(
         f"{noun}_{rng.randrange(10, 99)}" if opaque else f"{verb}_{noun}",
         split="train",
@@ -501,7 +505,7 @@ def made_up(dice: Dice) -> Kit:
         cores=cores,
         params=params,
         made_up=True,
-        description=stop(cores.all[0]) if opaque else "",
+        description=stop(f"{verb} {article} {spoken}") if opaque or aliased else "",
     )
 
 
@@ -902,7 +906,7 @@ def request_for(
         immediate=tuple(text.replace("{done}", done).replace("{d}", details) for text in REPLIES["done"]),
     )
     if absent:
-        return replace(request, refusals=_refusals(kit))
+        return replace(request, refusals=refusals(kit))
     return replace(
         request,
         missing=order.missing,
@@ -912,7 +916,8 @@ def request_for(
     )
 
 
-def _refusals(kit: Kit) -> Words:
+def refusals(kit: Kit) -> Words:
+    """Return how an assistant regrets that no function serves."""
     return tuple(text.replace("{core}", kit.cores.all[0]) for text in REPLIES["refusals"])
 
 
@@ -1233,7 +1238,7 @@ def _acts(dice: Dice, kits: Sequence[Kit], absent: Kit) -> list[Callable[[], lis
 
 def _refused(dice: Dice, kit: Kit) -> list[Message]:
     order = order_of(dice, kit, dice.rng.choice(("complete", "missing_1")))
-    return [user(ordering(dice, order)), assistant(dice.pick(_refusals(kit)))]
+    return [user(ordering(dice, order)), assistant(dice.pick(refusals(kit)))]
 
 
 def _serving(dice: Dice, kit: Kit) -> list[Message]:
