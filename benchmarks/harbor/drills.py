@@ -9,64 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
-from functools import cache
 
 from benchmarks.harbor.claims import about_facts, about_results, judged, recalled
 from benchmarks.harbor.orders import Exercise, act, act_alone, ask_short, filling, finding, lacks, naming, which
+from benchmarks.harbor.words import FIELDS, WORDS, name, town_words
 from svdexpert.reply import Call
 from svdexpert.worlds import Message, assistant, calling, result, system, user
-from svdexpert.worlds.town import KITS, PARAMS
 
-_SYLLABLES = """
-    ba be bi bo bra cal cen chi cor da del den dor el en fa fen gal gor ha hel il ja jor ka kel kin la len lo lu
-    ma mel mi mor na nel no or pa pel per qui ra ren ri ro sa sel si sol ta tel ti tor u val ven vi wen xa yor
-    za zel
-""".split()  # noqa: SIM905 - a list of words reads best as text
-_WORDS = """
-    amber anchor apple arrow autumn bakery barn basket beach bell bench berry blanket blue boat bottle bread
-    brick bridge bright bucket butter button cabin candle canvas castle cedar chair cherry church cider circle
-    cliff clock cloud coat copper corner cotton cradle cream crystal curtain daisy dance dawn desk dove dragon
-    drum dusk eagle east ember engine falcon feather fern field fiddle finch fire flag flour fog forest fountain
-    fox frost garden gate ginger glass gold grain grape green grey hammer harvest hazel heron hill honey horn
-    house iron island ivy jade jar jasmine kettle key kite lake lamp lantern lark leaf lemon lily linen lion
-    maple marble market meadow melon mill mint mirror moon moss music needle nest night north nut oak ocean
-    olive onion orange orchard otter owl paper path peach pearl pebble pepper pine plum pond poppy pumpkin
-    quartz quilt rabbit rain raven red reed ribbon river road robin rocket rope rose saddle sail salt sand sea
-    shell shore silk silver sky smoke snow song south spark spring star stone storm stream sugar summer sun swan
-    table tea thunder tide tiger timber tower train tree trumpet tulip valley velvet village violet wagon walnut
-    water wave well west wheat wheel white willow wind window wine winter wolf wood wool yard yellow
-""".split()  # noqa: SIM905 - a list of words reads best as text
-_FIELDS = """
-    amount area arrival artist author bag balance bed branch brand bus captain car category city code colour
-    cost count country course crew cuisine day deck deposit depth desk destination diet direction distance
-    doctor driver duration engine entrance fare fee flavour floor format gate genre grade guest guide height
-    host hour item kind label language length level line location lot material meal menu method model month name
-    number office option order origin owner page party pass phone place plan plate platform play pool price
-    purpose rank rate rating reason recipient region rider room route row school seat section sender service
-    shape share shelf shop show side size speed spot stage station street style subject table tax team term
-    theme ticket time title topic town track type unit user venue view visit volume week weight year zone
-""".split()  # noqa: SIM905 - a list of words reads best as text
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
            "December")  # fmt: skip
 TODAY = date(2019, 3, 1)
-
-
-def name(rng: random.Random) -> str:
-    """Return a made-up word, capitalised."""
-    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
-
-
-@cache
-def town_words() -> list[str]:
-    """Return the words of the town's functions, those of the held-out ones as well: a word that a model has never seen
-    in any place cannot be copied."""
-    said = {
-        word for kit in KITS.values() for text in (*kit.cores.all, kit.thing, kit.description) for word in text.split()
-    }
-    said |= {word for param in PARAMS.values() for word in param.words.split()}
-    return sorted({word.strip(".,").lower() for word in said})
 
 
 def value(rng: random.Random) -> str:
@@ -79,9 +33,9 @@ def value(rng: random.Random) -> str:
     if kind == 1:
         return f"{name(rng)} {name(rng)}"
     if kind == 2:
-        return " ".join(rng.sample(_WORDS, rng.randint(1, 3)))
+        return " ".join(rng.sample(WORDS, rng.randint(1, 3)))
     if kind == 3:
-        return " ".join(word.capitalize() for word in rng.sample(_WORDS, 2))
+        return " ".join(word.capitalize() for word in rng.sample(WORDS, 2))
     if kind == 4:
         return "".join(rng.choice("ABCDEFGHKLMNPRSTUVWXYZ0123456789") for _ in range(rng.randint(3, 6)))
     if kind == 5:
@@ -91,7 +45,7 @@ def value(rng: random.Random) -> str:
         return f"{rng.randint(1, 12)}:{minute:02d} {rng.choice(('am', 'pm'))}"
     if kind == 7:
         street = rng.choice(("Street", "Avenue", "Road", "Lane"))
-        return f"{rng.randint(1, 999)} {rng.choice(_WORDS).capitalize()} {street}"
+        return f"{rng.randint(1, 999)} {rng.choice(WORDS).capitalize()} {street}"
     return f"${rng.randint(1, 999)}"
 
 
@@ -106,13 +60,13 @@ def near(rng: random.Random, right: str) -> str:
         elif any(one.isdigit() for one in piece):
             changed = "".join(rng.choice("123456789") if one.isdigit() else one for one in piece)
         else:
-            changed = rng.choice(_WORDS)
+            changed = rng.choice(WORDS)
             changed = changed.capitalize() if piece[:1].isupper() else changed
         pieces[place] = changed
         wrong = " ".join(pieces)
     else:
         wrong = value(rng)
-    return wrong if wrong != right else f"{right} {rng.choice(_WORDS)}"
+    return wrong if wrong != right else f"{right} {rng.choice(WORDS)}"
 
 
 def _repeat(rng: random.Random) -> Exercise:
@@ -129,9 +83,9 @@ def _compare(rng: random.Random) -> Exercise:
     plain = rng.random() < 0.4
     messages = []
     for _ in range(16 if plain else 9):
-        one = rng.choice(_WORDS) if plain else value(rng)
+        one = rng.choice(WORDS) if plain else value(rng)
         same = rng.random() < 0.5
-        other = rng.choice(_WORDS) if plain else near(rng, one) if rng.random() < 0.5 else value(rng)
+        other = rng.choice(WORDS) if plain else near(rng, one) if rng.random() < 0.5 else value(rng)
         if not same and other == one:
             continue
         answer = "same" if same else "different"
@@ -141,7 +95,7 @@ def _compare(rng: random.Random) -> Exercise:
 
 def _judge(rng: random.Random) -> Exercise:
     """A row, then statements about it, judged."""
-    fields = rng.sample(_FIELDS, rng.randint(3, 6))
+    fields = rng.sample(FIELDS, rng.randint(3, 6))
     row = {field: value(rng) for field in fields}
     quote = rng.random() < 0.5
     listing = ", ".join(f"{key}={one}" for key, one in row.items())
@@ -168,7 +122,7 @@ def _judge(rng: random.Random) -> Exercise:
 
 
 def _look_up(rng: random.Random) -> Exercise:
-    fields = rng.sample(_FIELDS, rng.randint(3, 7))
+    fields = rng.sample(FIELDS, rng.randint(3, 7))
     row = {field: value(rng) for field in fields}
     listing = ", ".join(f"{key}: {one}" for key, one in row.items())
     messages = [user(f"Remember this. {listing}"), assistant("I will.")]

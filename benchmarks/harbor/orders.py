@@ -11,9 +11,12 @@ import random
 from dataclasses import replace
 from functools import cache
 
+from benchmarks.harbor.words import FIELDS, SMALL, WORDS, name, noun
 from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
 from svdexpert.worlds.town import (
+    MADE_UP,
+    PARAMS,
     Dice,
     Kit,
     Order,
@@ -29,7 +32,6 @@ from svdexpert.worlds.town import (
 )
 
 MADE_UP_SHARE, RENAMED_SHARE = 0.5, 0.4  # of all functions; of those that are not made up
-_SMALL = frozenset("a an the my to of for on in at them".split())  # noqa: SIM905 - reads best as text
 Exercise = tuple[list[Message], list[Tool]]
 
 
@@ -59,18 +61,27 @@ def different_kits(dice: Dice, number: int) -> list[Kit]:
     functions that no training text has were called by known names."""
     kits: dict[str, Kit] = {}
     while len(kits) < number:
-        kit = made_up(dice) if dice.chance(MADE_UP_SHARE) else dice.kit()
+        kit = made_up(dice, wide(dice.rng)) if dice.chance(MADE_UP_SHARE) else dice.kit()
         kit = renamed(dice, kit) if not kit.made_up and dice.chance(RENAMED_SHARE) else kit
         if all(kit.thing != one.thing for one in kits.values()):
             kits[kit.name] = kit
     return list(kits.values())
 
 
+def wide(rng: random.Random) -> dict[str, tuple[str, ...]]:
+    """Return words to make a function up of, other ones every time."""
+    nouns = sorted({noun(rng) for _ in range(6)})
+    params = sorted({rng.choice((rng.choice(FIELDS), noun(rng))) for _ in range(24)} - set(PARAMS))
+    rng.shuffle(params)
+    verbs = (*rng.sample(MADE_UP["verbs"], 4), rng.choice(WORDS), name(rng).lower())
+    return {"verbs": verbs, "nouns": tuple(nouns), "params": tuple(params[:12]), "counts": tuple(params[12:])}
+
+
 def renamed(dice: Dice, kit: Kit) -> Kit:
     """Return a function of the town under another name, made of what users say of it, at times with a description: a
     wish is to be matched with what a signature says, not with a name known by heart."""
     phrase, other = (dice.pick(kit.phrases(dice.split)) for _ in range(2))
-    name = "_".join(word.replace("-", "_") for word in phrase.split() if word not in _SMALL)
+    name = "_".join(word.replace("-", "_") for word in phrase.split() if word not in SMALL)
     return replace(kit, name=name, description=stop(other) if dice.chance(0.5) else "")
 
 

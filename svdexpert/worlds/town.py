@@ -470,10 +470,10 @@ class Dice:
         return self.pick(own if own and (not train or self.chance(0.5)) else train)
 
 
-def made_up(dice: Dice) -> Kit:
+def made_up(dice: Dice, words: Mapping[str, Words] = MADE_UP) -> Kit:
     """Return a function that nobody has seen: verb, noun and parameters from word lists and other functions."""
     rng = dice.rng
-    verb, noun = dice.pick(MADE_UP["verbs"]), dice.pick(MADE_UP["nouns"])
+    verb, noun = dice.pick(words["verbs"]), dice.pick(words["nouns"])
     number = rng.choice((3, 3, 4, 4, 5))
     needed = max(2, number - rng.choice((0, 1, 1, 2)))
     known = [name for kit in KITS.values() if kit.split == "train" for name in kit.params]
@@ -484,10 +484,10 @@ def made_up(dice: Dice) -> Kit:
             if one.kind.split()[-1] in {other.kind.split()[-1] for other in params.values()} - {"count"}:
                 continue  # two at once could not be told apart: "at", "for"
         else:
-            one = _made_up_param(dice)
+            one = _made_up_param(dice, words)
         params[one.name] = one
     names, opaque, aliased = list(params), dice.chance(0.1), dice.chance(0.25)
-    spoken = dice.pick([word for word in MADE_UP["nouns"] if word != noun]) if aliased else noun
+    spoken = dice.pick([word for word in words["nouns"] if word != noun]) if aliased else noun
     article = "an" if spoken[0] in "aeiou" else "a"
     wishes = [f"{verb} {{a}}", *rng.sample(MADE_UP["wishes"], 2)]
     said = [form.replace("{a}", f"{rng.choice((article, 'the', 'my'))} {spoken}") for form in wishes]
@@ -509,9 +509,9 @@ def made_up(dice: Dice) -> Kit:
     )
 
 
-def _made_up_param(dice: Dice) -> Param:
+def _made_up_param(dice: Dice, lists: Mapping[str, Words]) -> Param:
     kind = dice.rng.choice(("thing",) * 5 + ("enum", "enum", "count", "count", "person", "code", "title", "item"))
-    name = dice.pick(MADE_UP["counts" if kind == "count" else "params"])
+    name = dice.pick(lists["counts" if kind == "count" else "params"])
     words = name.replace("_", " ")
     if kind == "enum":
         kind = "/".join(dice.rng.sample(PAIRS["thing"][0], dice.rng.choice((2, 3, 4))))
