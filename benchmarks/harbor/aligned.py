@@ -38,9 +38,9 @@ from svdexpert.worlds.town import Town
 
 SKILLS = ("clarify", "disagree", "call")
 PAIRS, KEPT = 12, 12  # rows of a batch: preference pairs, kept documents
-BETA, ANCHOR, RATE = 0.1, 0.2, 2e-4
+BETA, ANCHOR, RATE = 0.1, 0.2, 5e-5
 TARGET = {"town": 0.10, "sgd": 0.30}  # share of stage 1's grounding acts at which a skill of a world is done
-CHECK_EVERY, WATCHED = 25, 60  # steps; cases a skill and world
+CHECK_EVERY, WATCHED = 10, 60  # steps; cases a skill and world
 
 
 def pair(case: Case, rng: random.Random) -> tuple[Document, Document] | None:

@@ -212,6 +212,7 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
         (filling, 3),
         (lacks, 5),
         (which, 5),
+        (naming, 1),
         (_judge, 1),
         (_compare, 1),
     ),

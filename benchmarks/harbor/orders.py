@@ -74,7 +74,7 @@ def wide(rng: random.Random) -> dict[str, tuple[str, ...]]:
     params = sorted({rng.choice((rng.choice(FIELDS), noun(rng))) for _ in range(24)} - set(PARAMS))
     rng.shuffle(params)
     verbs = (*rng.sample(MADE_UP["verbs"], 4), rng.choice(WORDS), name(rng).lower())
-    return {"verbs": verbs, "nouns": tuple(nouns), "params": tuple(params[:12]), "counts": tuple(params[12:])}
+    return {"verbs": verbs, "nouns": tuple(nouns), "params": tuple(params[6:]), "counts": tuple(params[:6])}
 
 
 def renamed(dice: Dice, kit: Kit) -> Kit:
