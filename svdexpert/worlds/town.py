@@ -866,7 +866,9 @@ def some_request(dice: Dice, index: int, key: str, kind: RequestKind) -> Request
     if absent and any(one["function"]["name"] == kit.name for one in tools):
         return None
     tags = (*(("absent",) if absent else order.tags), how, kit.seen)
-    return request_for(dice, key, order, messages, tools, tags, absent=absent)
+    request = request_for(dice, key, order, messages, tools, tags, absent=absent)
+    text = said(messages)
+    return None if any(Value(str(one), one).told_by(text) for one in request.guesses.values()) else request
 
 
 def _conversation(dice: Dice, order: Order) -> tuple[list[Message], list[Kit], str]:
