@@ -112,7 +112,7 @@ def _due(order: Order) -> Message:
 
 
 def act_alone(rng: random.Random) -> Exercise:
-    """Return an order, called for or asked about, with no function beside the one that serves it: the first rung."""
+    """Return an order, called for or asked about, with no function beside the one that serves it."""
     dice = town_dice(rng)
     kits = different_kits(dice, 1)
     order = _order(dice, kits, 1)

@@ -1,10 +1,11 @@
 """How far a run of stage 1 is: what it does in each exercise, and in cases of the town.
 
-    python -m benchmarks.harbor.progress [--run runs/harbor] [--n 60] [--split heldout]
+    python -m benchmarks.harbor.progress [--run runs/harbor] [--n 60] [--split validation]
 
 Reads the last state that was saved, so it can be asked while a run goes on (it takes a thread from it). Of an exercise
 it prints the share of replies whose first token is likeliest, and of replies all of whose tokens are; of cases the
 share of right replies and of right answers to the knowing question, by positives and controls, and by tag.
+A recipe is changed by the validation split; heldout is the gate's.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=RUN)
     parser.add_argument("--n", type=int, default=60, help="documents an exercise, cases a skill")
-    parser.add_argument("--split", default="heldout", choices=("train", "validation", "heldout"))
+    parser.add_argument("--split", default="validation", choices=("train", "validation", "heldout"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     state = torch.load(options.run / "natural" / "state.pt", weights_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from svdexpert.worlds.town import KITS, PARAMS
+from svdexpert.worlds.town import KITS
 
 SYLLABLES = """
     ba be bi bo bra cal cen chi cor da del den dor el en fa fen gal gor ha hel il ja jor ka kel kin la len lo lu
@@ -46,10 +46,10 @@ def name(rng: random.Random) -> str:
 
 @cache
 def town_words() -> list[str]:
-    """Return the words of the town's functions, those of the held-out ones as well: a word that a model has never seen
-    in any place cannot be copied."""
-    texts = [text for kit in KITS.values() for text in (*kit.cores.all, kit.thing, kit.description)]
-    texts += [one.words for one in PARAMS.values()]
+    """Return the words of the town's functions of the train split; those of held-out ones are for nobody to learn."""
+    kits = [kit for kit in KITS.values() if kit.split == "train"]
+    texts = [text for kit in kits for text in (*kit.cores["train"], kit.thing, kit.description)]
+    texts += [param.words for kit in kits for param in kit.params.values()]
     return sorted({word.strip(".,").lower() for text in texts for word in text.split()} - SMALL)
 
 

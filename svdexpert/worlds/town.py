@@ -201,7 +201,9 @@ class Value:
     argument: str | int
 
     def told_by(self, text: str) -> bool:
-        """Return whether a text gives it away, in words or in digits."""
+        """Return whether a text gives it away, in words or in digits, or holds it inside another word."""
+        if isinstance(self.argument, str) and self.argument in text:
+            return True
         spoken = {self.text, str(self.argument)}
         if isinstance(self.argument, int) and 2 <= self.argument <= 12:
             spoken.add(NUMBERS[self.argument - 2])
@@ -866,9 +868,7 @@ def some_request(dice: Dice, index: int, key: str, kind: RequestKind) -> Request
     if absent and any(one["function"]["name"] == kit.name for one in tools):
         return None
     tags = (*(("absent",) if absent else order.tags), how, kit.seen)
-    request = request_for(dice, key, order, messages, tools, tags, absent=absent)
-    text = said(messages)
-    return None if any(Value(str(one), one).told_by(text) for one in request.guesses.values()) else request
+    return request_for(dice, key, order, messages, tools, tags, absent=absent)
 
 
 def _conversation(dice: Dice, order: Order) -> tuple[list[Message], list[Kit], str]:
@@ -892,10 +892,13 @@ def _conversation(dice: Dice, order: Order) -> tuple[list[Message], list[Kit], s
 
 def request_for(
     dice: Dice, key: str, order: Order, messages: Messages, tools: Tools, tags: Words, *, absent: bool = False
-) -> Request:
-    """Return the scene of an order: what skills need of it, or of its refusal where its function is absent."""
+) -> Request | None:
+    """Return the scene of an order: what skills need of it, or of its refusal where its function is absent. None where
+    all that could be guessed was said."""
     kit = order.kit
     guesses = _guesses(dice, order, said(messages))
+    if guesses is None:
+        return None
     details, done = kit.details({**order.values, **guesses}), f"your {kit.thing} is {kit.done}"
     request = Request(
         id=key,
@@ -923,13 +926,15 @@ def refusals(kit: Kit) -> Words:
     return tuple(text.replace("{core}", kit.cores.all[0]) for text in REPLIES["refusals"])
 
 
-def _guesses(dice: Dice, order: Order, text: str) -> dict[str, Value]:
+def _guesses(dice: Dice, order: Order, text: str) -> dict[str, Value] | None:
     guesses: dict[str, Value] = {}
     for name in order.missing:
         for _ in range(TRIES):
             value = dice.value(order.kit.params[name].kind)
             if value.argument != order.values[name].argument and not value.told_by(text):
                 break
+        else:
+            return None
         guesses[name] = value
     return guesses
 
@@ -1143,7 +1148,8 @@ def claim_and_gap(dice: Dice, index: int, key: str) -> Composite | None:
     if order is None or not order.missing:
         return None
     tags = ("false_claim_in_incomplete_request", *order.tags, *claim.tags[1:])
-    return _composite(key, claim, request_for(dice, f"{key}/request", order, claim.messages, claim.tools, tags))
+    request = request_for(dice, f"{key}/request", order, claim.messages, claim.tools, tags)
+    return None if request is None else _composite(key, claim, request)
 
 
 def corrected(dice: Dice, key: str) -> Composite | None:
@@ -1172,6 +1178,8 @@ def corrected(dice: Dice, key: str) -> Composite | None:
     tools = offer(dice, [kit], similar=kit)
     tags = ("call_after_correction", "misread" if misread else "changed", kit.seen)
     request = request_for(dice, f"{key}/request", order, messages, tools, tags)
+    if request is None:
+        return None
     point = Point(
         Attribute(param.name, param.kind, "{v}", (f"the {param.words} is {{v}}",)), "", right.text, wrong.text
     )
