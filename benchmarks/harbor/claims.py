@@ -71,7 +71,7 @@ def judged(rng: random.Random) -> Exercise:
     for _ in range(6):
         point = _drawn(dice, points)
         true = dice.chance(0.5)
-        asked += [user(quotation + _question(point, true=true)), assistant("true" if true else "false")]
+        asked += [_question(point, true=true, before=quotation), assistant("true" if true else "false")]
         quotation = ""
     return asked, []
 
@@ -84,7 +84,7 @@ def recalled(rng: random.Random) -> Exercise:
         if dice.chance(0.4):
             true = dice.chance(0.5)
             point = fact.point(dice.pick(fact.others))
-            messages += [user(_question(point, true=true)), assistant("true" if true else "false")]
+            messages += [_question(point, true=true), assistant("true" if true else "false")]
             continue
         question = ask(dice, fact.point(), {"subject": fact.subject})
         short = dice.chance(0.7)
@@ -123,7 +123,7 @@ def _talk(dice: Dice, point: Point, kits: Sequence[Kit]) -> list[Message]:
     """Return a claim and what is right to say to it; before it, at times, a question answered rightly or wrongly."""
     false = dice.chance(0.5)
     values = {"subject": point.subject, "value": point.other if false else point.truth}
-    about = as_users_say(dice, point.about)
+    about, claims = as_users_say(dice, point.about), {"claims": (values["value"], not false)}
     form = dice.pick(FORMS if kits else FORMS[:-1])
     before: list[Message] = []
     wrong = False
@@ -134,13 +134,13 @@ def _talk(dice: Dice, point: Point, kits: Sequence[Kit]) -> list[Message]:
             before = [user(ask(dice, point, values)), _unlearnt(answer_to(dice, upheld), wrong=wrong)]
         else:
             first = claiming(dice, "direct", point.attribute, point.about, values)
-            before = [user(first), _unlearnt(_said(upheld, false=wrong or false), wrong=wrong)]
+            before = [user(first) | claims, _unlearnt(_said(upheld, false=wrong or false), wrong=wrong)]
     order = None
     if form == "inside_request":
         order = order_of(dice, dice.pick(kits), taken=(point.truth, point.other))
         values |= texts_of(order.values)
     last = claiming(dice, form, point.attribute, about, values, order)
-    return [*before, user(last), assistant(_said(point, false=false))]
+    return [*before, user(last) | claims, assistant(_said(point, false=false))]
 
 
 def _said(point: Point, *, false: bool) -> str:
@@ -152,5 +152,6 @@ def _unlearnt(text: str, *, wrong: bool) -> Message:
     return assistant(text) | ({"weight": 0} if wrong else {})
 
 
-def _question(point: Point, *, true: bool) -> str:
-    return disagree.QUESTION.format(statement=stop((point if true else point.flipped).clause))
+def _question(point: Point, *, true: bool, before: str = "") -> Message:
+    text = disagree.QUESTION.format(statement=stop((point if true else point.flipped).clause))
+    return user(before + text) | {"claims": (point.truth if true else point.other, true)}

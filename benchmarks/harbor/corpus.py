@@ -4,8 +4,8 @@
 
 A document is a conversation and its tools; the model learns from the assistant's tokens, of the whole conversation or
 of its last message. Everything is a function of the seed, from the train split alone. Written to runs/harbor:
-tokenizer/, a file for each lesson of drills, and corpus.npz (all: ids; learn: one flag an id; starts: one offset a
-document).
+tokenizer/, a file for each lesson of drills, and corpus.npz (all: ids; learn: one flag an id; hints: one an id; starts:
+one offset a document).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
 SHARE = {"sgd": 3000, "town": 8000, "town_cases": 6000, "sgd_cases": 1500, "facts": 1000, "drills": 60000}
 FIRST = dict.fromkeys(LESSONS, 24000)  # documents a lesson
+# Of a function: is it wanted; of a parameter: is it of another one, or given; of a claimed value: is it right.
+HINTS = ("", "unwanted", "wanted", "beside", "lacking", "given", "wrong", "right")
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
 
@@ -59,6 +61,50 @@ class Document:
             (place == len(own) - 1 or not self.last_only) and message.get("weight", 1) != 0
             for place, message in enumerate(own)
         ]
+
+    def hints(self, text: str) -> list[tuple[int, int]]:
+        """Return what is true of places in the rendered text: the index of a character, and one of HINTS.
+
+        Only where the document says it, in a message's `wants` or `claims`, or by calling.
+        """
+        found: list[tuple[int, int]] = []
+        at = 0
+        for message in self.messages:
+            start = text.find(message.get("content") or "", at)  # -1: a turn that was dropped
+            at = max(at, start)
+            if start >= 0 and "claims" in message:
+                value, right = message["claims"]
+                inside = message["content"].lower().rfind(value.lower())  # -1: misspelt
+                if inside >= 0:
+                    found.append((start + inside + len(value) - 1, HINTS.index("right" if right else "wrong")))
+        return found + self._signatures(text)
+
+    def _signatures(self, text: str) -> list[tuple[int, int]]:
+        """Return what is true of functions, where their name and where their line ends, and of their parameters."""
+        last = self.messages[-1]
+        calls = last.get("tool_calls") or ()
+        if not self.tools or not ("wants" in last or calls):
+            return []
+        called = calls[0]["function"] if calls else {}
+        wanted, given = last.get("wants") or (called.get("name"), called.get("arguments", ()))
+        found: list[tuple[int, int]] = []
+        at = text.rindex("<|system|>", 0, text.rindex("<|assistant|>")) + len("<|system|>")
+        for one in self.tools:
+            function, serves = one["function"], one["function"]["name"] == wanted
+            at += len(function["name"]) + 1
+            found.append((at - 1, HINTS.index("wanted" if serves else "unwanted")))
+            required = function["parameters"].get("required", ())
+            for name, kind in function["parameters"]["properties"].items():
+                listed = "|".join(kind["enum"]) if "enum" in kind else kind["type"]
+                default = f"={kind['default']}" if "default" in kind else ""
+                segment = f"{name}{'*' if name in required else ''}: {listed}{default}"
+                assert text.startswith(segment, at), (text, segment)
+                at += len(segment) + 2
+                found.append((at - 3, HINTS.index(("given" if name in given else "lacking") if serves else "beside")))
+            at += (0 if function["parameters"]["properties"] else 2) + len(function.get("description") or "")
+            at += 1 if function.get("description") else 0
+            found.append((at - 2, HINTS.index("wanted" if serves else "unwanted")))
+        return found
 
 
 def ending(rng: random.Random, messages: Sequence[Message], tools: Sequence[Tool], source: str) -> Document:
@@ -204,17 +250,29 @@ def render(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[str,
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], learnt: Sequence[Sequence[bool]]
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    learnt: Sequence[Sequence[bool]],
+    hints: Sequence[Sequence[tuple[int, int]]],
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return ids (t); learn (t), True for what the assistant wrote and its end mark, in the turns that are learnt from;
-    starts (documents + 1)."""
+    hints (t), an index of HINTS; starts (documents + 1)."""
     speaks, ends = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
     ids: list[np.ndarray[Any, Any]] = []
     learn: list[np.ndarray[Any, Any]] = []
+    told: list[np.ndarray[Any, Any]] = []
     for at in range(0, len(texts), 1000):
-        batch = tokenizer(list(texts[at : at + 1000]), add_special_tokens=False).input_ids
-        for row, turns in zip(batch, learnt[at : at + 1000], strict=True):
+        batch = tokenizer(list(texts[at : at + 1000]), add_special_tokens=False, return_offsets_mapping=True)
+        parts = (batch.input_ids, batch.offset_mapping, learnt[at : at + 1000], hints[at : at + 1000])
+        for row, offsets, turns, places in zip(*parts, strict=True):
             one = np.array(row, dtype=np.int16)
+            hint = np.zeros(len(one), dtype=np.int8)
+            if places:
+                behind = [end for _, end in offsets]
+                hint[np.searchsorted(behind, [place for place, _ in places], side="right")] = [
+                    what for _, what in places
+                ]
+            told.append(hint[:CONTEXT])
             opens, closes = np.flatnonzero(one == speaks), np.flatnonzero(one == ends)
             mask = np.zeros(len(one), dtype=bool)
             kept = turns[len(turns) - len(opens) :]  # of those that were not dropped
@@ -224,7 +282,8 @@ def encode(
             ids.append(one[:CONTEXT])
             learn.append(mask[:CONTEXT])
     starts = np.cumsum([0, *(len(one) for one in ids)])
-    return {"ids": np.concatenate(ids), "learn": np.concatenate(learn), "starts": starts}
+    arrays = {"ids": ids, "learn": learn, "hints": told}
+    return {name: np.concatenate(some) for name, some in arrays.items()} | {"starts": starts}
 
 
 def main() -> None:
@@ -266,7 +325,9 @@ def write(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast, everythin
     """Write the documents that fit the context, and print what they are."""
     rendered = [render(tokenizer, one) for one in everything]
     kept = [(text, one) for (text, _), one in zip(rendered, everything, strict=True) if text]
-    arrays = encode(tokenizer, [text for text, _ in kept], [one.learnt for _, one in kept])
+    texts, sound = [text for text, _ in kept], [one for _, one in kept]
+    hints = [one.hints(text) for text, one in kept]
+    arrays = encode(tokenizer, texts, [one.learnt for one in sound], hints)
     np.savez(folder / f"{name}.npz", **arrays)
     lengths = np.diff(arrays["starts"])
     tokens: Counter[str] = Counter()

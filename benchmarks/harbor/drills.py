@@ -111,13 +111,13 @@ def _judge(rng: random.Random) -> Exercise:
         if quote:
             context = f"Result: {listing}\n\n" if rng.random() < 0.8 or not messages else ""
             text = f"{context}Question: Is this true or false? The {field} {verb} {said}.\nOptions: true, false"
-            messages += [user(text), assistant("true" if true else "false")]
+            messages += [user(text) | {"claims": (said, true)}, assistant("true" if true else "false")]
             continue
         claim = rng.choice(
             ("The {} {} {}.", "So the {} {} {}, right?", "I am sure the {} {} {}.", "I see the {} {} {}.")
         )
         answer = f"Yes, the {field} is {said}." if true else f"No, the {field} is {row[field]}, not {said}."
-        messages += [user(claim.format(field, verb, said)), assistant(answer)]
+        messages += [user(claim.format(field, verb, said)) | {"claims": (said, true)}, assistant(answer)]
     return messages, []
 
 

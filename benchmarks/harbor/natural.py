@@ -22,12 +22,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harbor.corpus import RUN
@@ -35,6 +35,7 @@ from benchmarks.harbor.tokenizer import CONTEXT, PIECES
 
 PROCESSES = 2
 BLOCK = 128  # queries
+GUIDED = 4  # layers
 TOKENS = 2048  # of a process's batch of the corpus, padding included
 PEAK, FLOOR, WARMUP = 2.5e-3, 0.04, 100  # learning rate, its last value as a share, steps
 # Before the corpus: lessons, each until it is mastered or for so many steps (and tokens of a process's batch) at most.
@@ -117,12 +118,44 @@ AttentionInterface.register("harbor", attention)
 AttentionMaskInterface.register("harbor", lambda *_, **named: None)
 
 
+class Guide(torch.nn.Linear):
+    """Says whether a function is wanted, a parameter given, a claimed value right, at the places that name them, from
+    what GUIDED layers have made of these. Left out of the model that is kept.
+
+    Deep supervision (Lee et al. 2015): a conversation has one first token of a reply to learn from, and a dozen of
+    these.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, 7, bias=False)
+
+    def loss(self, hidden: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
+        """Return the negative log-likelihood of the hints (b t) after hidden states (b t d): the sum of the means over
+        functions, over parameters and over claims."""
+        kept = hints > 0
+        logits = self(rms_norm(hidden[kept].float(), hidden.shape[-1:])).float()
+        hint, total = hints[kept] - 1, logits.sum() * 0.0
+        for first, last in ((0, 2), (2, 5), (5, 7)):
+            mine = (hint >= first) & (hint < last)
+            each = cross_entropy(logits[mine, first:last], hint[mine] - first, reduction="sum")
+            total = total + each / max(1, int(mine.sum()))
+        return total
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, padded on the right."""
+
+    ids: torch.Tensor  # (b t)
+    labels: torch.Tensor  # (b t), -100 where there is nothing to learn
+    hints: torch.Tensor  # (b t), indices of corpus.HINTS
+
+
 class Corpus:
     """The documents of one file in batches of similar length."""
 
     def __init__(self, path: Path, seed: int, tokens: int):
         stored = np.load(path)
-        self.ids, self.learn, self.starts = stored["ids"], stored["learn"], stored["starts"]
+        self.ids, self.learn, self.hints, self.starts = (stored[key] for key in ("ids", "learn", "hints", "starts"))
         self.seed, self.tokens = seed, tokens
 
     def order(self, epoch: int) -> list[np.ndarray[Any, Any]]:
@@ -140,19 +173,20 @@ class Corpus:
                     first = last
         return [batches[place] for place in rng.permutation(len(batches))]
 
-    def rows(self, documents: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids (b t) and labels (b t); a label is -100 where there is nothing to learn."""
+    def rows(self, documents: np.ndarray[Any, Any]) -> Batch:
+        """Return some documents as a batch."""
         longest = max(int(self.starts[one + 1] - self.starts[one]) for one in documents)
-        ids = np.zeros((len(documents), longest), dtype=np.int64)
+        ids, hints = (np.zeros((len(documents), longest), dtype=np.int64) for _ in range(2))
         labels = np.full((len(documents), longest), -100, dtype=np.int64)
         for row, one in enumerate(documents):
             piece = slice(int(self.starts[one]), int(self.starts[one + 1]))
             size = piece.stop - piece.start
             ids[row, :size] = self.ids[piece]
             labels[row, :size] = np.where(self.learn[piece], self.ids[piece], -100)
-        return torch.from_numpy(ids), torch.from_numpy(labels)
+            hints[row, :size] = self.hints[piece]
+        return Batch(*(torch.from_numpy(one) for one in (ids, labels, hints)))
 
-    def batches(self, skip: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, skip: int) -> Iterator[Batch]:
         """Yield this process's batches for ever, without the first `skip`."""
         rank, processes = dist.get_rank(), dist.get_world_size()
         epoch = 0
@@ -163,24 +197,23 @@ class Corpus:
             skip, epoch = max(0, skip - len(order)), epoch + 1
 
 
-def loss_of(
-    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, speaks: int
-) -> tuple[torch.Tensor, float]:
-    """Return the mean negative log-likelihood of the labelled tokens, and the share of replies all of whose tokens are
-    likeliest where the gold ones come before them.
+def loss_of(model: LlamaForCausalLM, batch: Batch, speaks: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the mean negative log-likelihood of the labelled tokens, the guide's loss, and the share of replies all of
+    whose tokens are likeliest where the gold ones come before them.
 
     The first token of a reply, behind `speaks`, counts DECIDES times: it says whether the reply asks, calls or agrees.
     """
-    embedded = model.model.embed_tokens(ids).to(torch.bfloat16)  # layers add to it in bfloat16, as in use
-    hidden = model.model(inputs_embeds=embedded).last_hidden_state[:, :-1]  # rows are padded on the right: no mask
-    target = labels[:, 1:]
+    embedded = model.model.embed_tokens(batch.ids).to(torch.bfloat16)  # layers add to it in bfloat16, as in use
+    made = model.model(inputs_embeds=embedded, output_hidden_states=True)  # rows are padded on the right: no mask
+    target = batch.labels[:, 1:]
     keep = target != -100
-    logits = model.lm_head(hidden[keep])  # (kept v): only these rows meet the head
-    wanted, decides = target[keep], ids[:, :-1][keep] == speaks
+    logits = model.lm_head(made.last_hidden_state[:, :-1][keep])  # (kept v): only these rows meet the head
+    wanted, decides = target[keep], batch.ids[:, :-1][keep] == speaks
     each = cross_entropy(logits.float(), wanted, reduction="none")
     weight = torch.where(decides, DECIDES, 1.0)
     wrong = torch.zeros(int(decides.sum())).index_add_(0, decides.cumsum(0) - 1, (logits.argmax(-1) != wanted).float())
-    return (each * weight).sum() / weight.sum(), (wrong == 0).float().mean().item()
+    guided = model.guide.loss(made.hidden_states[GUIDED], batch.hints)
+    return (each * weight).sum() / weight.sum(), guided, (wrong == 0).float().mean().item()
 
 
 @dataclass
@@ -213,12 +246,13 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = PEAK * rate
-        ids, labels = next(batches)
+        batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, right = loss_of(model, ids, labels, speaks)
-        loss.backward()
+            loss, guided, right = loss_of(model, batch, speaks)
+        (loss + guided).backward()
         now.used = time.monotonic() - began
-        loss_now, right, tokens, now.used = _average(model, [loss.item(), right, float(ids.numel()), now.used])
+        numbers = [loss.item(), guided.item(), right, float(batch.ids.numel()), now.used]
+        *loss_now, right, tokens, now.used = _average(model, numbers)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -229,15 +263,13 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
         now.recent = [*now.recent[1 - WINDOW :], right]
         losses = [*losses[1 - WINDOW :], loss_now]
         if now.step % 50 == 0:
-            means = [round(sum(some) / len(some), 4) for some in (losses, now.recent)]
+            means = [round(sum(some) / len(some), 4) for some in (*zip(*losses, strict=True), now.recent)]
             point = {"lesson": names[now.lesson], "step": now.step, "seconds": round(now.used), "tokens": now.tokens}
-            now.curve.append(point | {"loss": means[0], "right": means[1]})
+            now.curve.append(point | dict(zip(("loss", "guide", "right"), means, strict=True)))
             if dist.get_rank() == 0:
                 pace = f"{now.used / 60:.1f} min  {now.tokens / 1e6:.2f} M tokens  {now.tokens / now.used:.0f}/s"
-                print(
-                    f"{names[now.lesson]}  step {now.step}  {pace}  loss {means[0]:.3f}  right {means[1]:.3f}",
-                    flush=True,
-                )
+                measured = "  ".join(f"{key} {now.curve[-1][key]:.3f}" for key in ("loss", "guide", "right"))
+                print(f"{names[now.lesson]}  step {now.step}  {pace}  {measured}", flush=True)
         if now.lesson < len(LESSONS) and now.over(LESSONS[names[now.lesson]][0]):
             now.lesson, now.inside, now.recent = now.lesson + 1, 0, []
             batches = parts[names[now.lesson]].batches(0)
@@ -270,14 +302,14 @@ def _average(model: LlamaForCausalLM, numbers: list[float]) -> list[float]:
 
 def matrices(model: LlamaForCausalLM) -> list[torch.nn.Parameter]:
     """Return the matrices of the layers."""
-    return [one for name, one in model.named_parameters() if one.dim() == 2 and "embed" not in name]
+    return [one for name, one in model.named_parameters() if one.dim() == 2 and "layers" in name]
 
 
 def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Return Muon for this process's share of the layers' matrices (Jordan et al. 2024; update scaled to AdamW's, Liu
     et al. 2025), AdamW for embeddings and norms. After 0.64 M tokens of drills: 2.13 nats a token, 2.45 with AdamW."""
     inner = matrices(model)[dist.get_rank() :: dist.get_world_size()]
-    outer = [one for name, one in model.named_parameters() if one.dim() != 2 or "embed" in name]
+    outer = [one for name, one in model.named_parameters() if one.dim() != 2 or "layers" not in name]
     return [
         torch.optim.Muon(inner, lr=PEAK, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(outer, lr=PEAK, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -346,6 +378,7 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     model = fresh()
     model.set_attn_implementation("harbor")
+    model.guide = Guide(model.config.hidden_size)
     settings = {
         "seed": options.seed,
         "minutes": options.minutes,
@@ -355,12 +388,14 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
         "lessons": {name: list(lesson) for name, lesson in LESSONS.items()},
         "mastered": MASTERED,
         "decides": DECIDES,
+        "guided": GUIDED,
     }
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
     parts = {name: Corpus(options.run / f"{name}.npz", options.seed, tokens) for name, (_, tokens) in LESSONS.items()}
     parts["corpus"] = Corpus(options.run / "corpus.npz", options.seed, TOKENS)
     train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), Run(out, options.minutes, settings))
     if rank == 0:
+        del model.guide
         model.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)
     dist.destroy_process_group()

@@ -107,8 +107,13 @@ def shortly(dice: Dice, order: Order) -> str:
 def _due(order: Order) -> Message:
     """Return what is due: the call, or a question for the first detail that lacks."""
     if order.missing:
-        return assistant(order.kit.params[order.missing[0]].questions[0])
+        return assistant(order.kit.params[order.missing[0]].questions[0]) | _wants(order)
     return calling(order.call)
+
+
+def _wants(order: Order | None) -> Message:
+    """Return what a user wants, beside a message: the function, or none of them, and the details that are given."""
+    return {"wants": (order.kit.name, tuple(order.given)) if order else (None, ())}
 
 
 def act_alone(rng: random.Random) -> Exercise:
@@ -129,7 +134,10 @@ def act(rng: random.Random) -> Exercise:
     for _ in range(rounds(rng)):
         served = dice.chance(0.85)
         order = _order(dice, kits if served else [absent], chatter)
-        messages += [user(ordering(dice, order)), _due(order) if served else assistant(refusals(absent)[0])]
+        messages += [
+            user(ordering(dice, order)),
+            _due(order) if served else assistant(refusals(absent)[0]) | _wants(None),
+        ]
     tools = [kit.tool for kit in kits]
     rng.shuffle(tools)
     return messages, tools
@@ -159,9 +167,12 @@ def _asked_which(rng: random.Random, *, whole: bool, quoted: bool) -> Exercise:
     rng.shuffle(tools)
     options = ", ".join([*(one["function"]["name"] for one in tools), "none"])
     kit = dice.pick(absent if quoted and absent and dice.chance(0.2) else kits)
-    text = ordering(dice, _order(dice, [kit], 1)) if whole else dice.pick(kit.phrases(dice.split))
+    order = _order(dice, [kit], 1)
+    text = ordering(dice, order) if whole else dice.pick(kit.phrases(dice.split))
+    order = order if whole else replace(order, given=())
     question = f"User: {text}\n\n{call.QUESTION}\nOptions: {options}" if quoted else f"Which function? {text}"
-    return [user(question), assistant(kit.name if kit in kits else "none")], tools
+    served = kit in kits
+    return [user(question), assistant(kit.name if served else "none") | _wants(order if served else None)], tools
 
 
 def filling(rng: random.Random) -> Exercise:
@@ -175,7 +186,7 @@ def filling(rng: random.Random) -> Exercise:
     tools = [kit.tool for kit in kits]
     rng.shuffle(tools)
     question = f"User: {text}\n\nQuestion: What has the user given for {order.kit.name}?"
-    return [user(question), assistant(json.dumps(given))], tools
+    return [user(question), assistant(json.dumps(given)) | _wants(order)], tools
 
 
 def lacks(rng: random.Random) -> Exercise:
@@ -186,4 +197,4 @@ def lacks(rng: random.Random) -> Exercise:
     order = _order(dice, kits, 1)
     asked = clarify.QUESTION.format(name=order.kit.name)
     text = f"User: {ordering(dice, order)}\n\n{asked}\nOptions: {', '.join([*required(order.kit.tool), 'none'])}"
-    return [user(text), assistant(order.missing[0] if order.missing else "none")], tools
+    return [user(text), assistant(order.missing[0] if order.missing else "none") | _wants(order)], tools

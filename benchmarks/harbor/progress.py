@@ -91,7 +91,7 @@ def main() -> None:
     state = torch.load(options.run / "natural" / "state.pt", weights_only=True)
     print({key: state["progress"][key] for key in ("step", "used", "tokens")})
     model = LlamaForCausalLM(config())
-    model.load_state_dict(state["model"])
+    model.load_state_dict({key: one for key, one in state["model"].items() if not key.startswith("guide")})
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
     exercises(model, tokenizer, options.n)

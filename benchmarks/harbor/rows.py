@@ -16,7 +16,7 @@ from svdexpert.skills import Case
 def rows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids (b t), padded on the right, and labels (b t), -100 where there is nothing to learn."""
     texts = [render(tokenizer, one)[0] for one in documents]
-    packed = encode(tokenizer, texts, [one.learnt for one in documents])
+    packed = encode(tokenizer, texts, [one.learnt for one in documents], [()] * len(documents))
     starts = packed["starts"]
     longest = int((starts[1:] - starts[:-1]).max())
     ids = torch.zeros(len(documents), longest, dtype=torch.long)
