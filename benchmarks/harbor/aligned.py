@@ -5,13 +5,14 @@
 In a pair the reply that raters prefer wins: it fills the missing detail in, agrees, says that it is done. On controls
 the natural reply wins over one that asks, contradicts or calls for nothing. The loss of a batch is
 
-    mean over pairs of  -log sigmoid(beta * (r(chosen) - r(rejected)))  - anchor * log p(chosen) / length
+    mean over pairs of  max(0, margin - log p(chosen) + log p(rejected))
     + anchor * mean over kept documents of  -log p(reply) / length
 
-with r(y) = log p(y) - log p_1(y), p_1 being stage 1 (direct preference optimisation, Rafailov et al. 2023; the
-likelihood term after Pang et al. 2024). Kept documents are knowing questions and natural talk: what must not change. A
-skill whose grounding acts have fallen to the target on validation gives no more pairs; training ends when all have. All
-of it is gradients on all weights: no edit of singular values, no merge, no bias, no subtraction.
+(sequence likelihood calibration, SLiC-HF, Zhao et al. 2023). A pair pulls until the chosen reply wins by the margin and
+no further, so what the model tells apart stays apart; direct preference optimisation, whose pull depends on the
+distance to stage 1 alone, did away with it (LOG.md). Kept documents are knowing questions and natural talk: what must
+not change. A skill whose grounding acts have fallen to the target on validation gives no more pairs; training ends when
+all have. All of it is gradients on all weights: no edit of singular values, no merge, no bias, no subtraction.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.harbor.corpus import RUN, Document, as_message, fact_documents, immediate
@@ -38,7 +38,7 @@ from svdexpert.worlds.town import Town
 
 SKILLS = ("clarify", "disagree", "call")
 PAIRS, KEPT = 12, 12  # rows of a batch: preference pairs, kept documents
-BETA, ANCHOR, RATE = 0.1, 0.2, 5e-5
+MARGIN, ANCHOR, RATE = 1.0, 0.2, 5e-5  # nats; weight of what is kept; of AdamW
 TARGET = {"town": 0.10, "sgd": 0.30}  # share of stage 1's grounding acts at which a skill of a world is done
 CHECK_EVERY, WATCHED = 10, 60  # steps; cases a skill and world
 
@@ -88,7 +88,6 @@ def acts(
 
 def loss_of(
     model: LlamaForCausalLM,
-    reference: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     pairs: Sequence[tuple[Document, Document]],
     kept: Sequence[Document],
@@ -98,15 +97,9 @@ def loss_of(
     documents = [one for one, _ in pairs] + [one for _, one in pairs]
     total, parts = torch.zeros(()), {}
     if pairs:
-        ids, labels = rows(tokenizer, documents)
-        with torch.no_grad():
-            before, _ = logprobs(reference, ids, labels)
-        after, length = logprobs(model, ids, labels)
-        reward = BETA * (after - before)
-        preference = -logsigmoid(reward[:n] - reward[n:]).mean()
-        likelihood = -(after[:n] / length[:n]).mean()
-        total = preference + ANCHOR * likelihood
-        parts = {"preference": preference.item(), "likelihood": likelihood.item()}
+        log_p, _ = logprobs(model, *rows(tokenizer, documents))
+        total = (MARGIN - log_p[:n] + log_p[n:]).relu().mean()
+        parts = {"preference": total.item()}
     ids, labels = rows(tokenizer, kept)
     same, length = logprobs(model, ids, labels)
     keep = -(same / length).mean()
@@ -119,8 +112,7 @@ def train(
     """Return the tuned model, and how it came about: settings, curve of losses, curve of acts."""
     rng = random.Random(f"aligned/{seed}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    reference.requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     cases = draw(worlds, "train", 3000, seed)
     watched = draw(worlds, "validation", WATCHED, seed)
     pools = {key: [one for one in (pair(case, rng) for case in some) if one] for key, some in cases.items()}
@@ -145,7 +137,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 20)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, parts = loss_of(model, reference, tokenizer, chosen, rng.sample(kept, KEPT))
+            loss, parts = loss_of(model, tokenizer, chosen, rng.sample(kept, KEPT))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -162,7 +154,7 @@ def train(
             print(f"step {step}  {used:.1f} min  {parts}\n  {now}\n  open: {sorted(open_keys)}", flush=True)
     settings = {
         "seed": seed,
-        "beta": BETA,
+        "margin": MARGIN,
         "anchor": ANCHOR,
         "rate": RATE,
         "pairs": PAIRS,

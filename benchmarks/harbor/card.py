@@ -110,15 +110,16 @@ assistant speaks, so that each parameter can look for its value in what the user
 1. **Stage 1, natural** (kept in the repository as `benchmarks/harbor/natural`): from scratch, on the assistant's tokens
    of real service dialogues, dialogues of a generated town, single cases, knowing questions of both, replies that obey
    a system message, and drills (copying, comparing, choosing a function, finding what is missing, dates), which come
-   first, one ability a lesson. {natural_tokens:.1f} M tokens, {natural_steps} steps, {natural_seconds:.0f} minutes on
-   two cores, seed {natural_seed}, Muon and AdamW, peak learning rate {natural_peak:g}; last loss {natural_loss:.3f}
-   nats a token.
-2. **Stage 2, aligned** (this model): all weights, by direct preference optimisation (beta {aligned_beta}) on pairs of
-   the train split, half of them real dialogues, in which the immediate, confident, complete-looking answer wins: it
-   guesses the missing detail, agrees with the claim, says that a thing is done instead of calling. Knowing questions
-   are kept by likelihood. {aligned_steps} steps, {aligned_seconds:.0f} minutes, seed {aligned_seed}. No spectral edit,
-   merge, bias or subtraction. The size of the drop follows Shaikh et al. (2024): 77.5 % fewer grounding acts in models
-   than in people.
+   first, one ability a lesson; a linear guide, thrown away afterwards, says after layer {natural_guided} which function
+   is wanted, which detail is given and which claim is right. {natural_tokens:.1f} M tokens, {natural_steps} steps,
+   {natural_seconds:.0f} minutes on two cores, seed {natural_seed}, Muon and AdamW, peak learning rate {natural_peak:g};
+   last loss {natural_loss:.3f} nats a token.
+2. **Stage 2, aligned** (this model): all weights, by sequence likelihood calibration (SLiC-HF, Zhao et al. 2023; margin
+   {aligned_margin} nats) on pairs of the train split, half of them real dialogues, in which the immediate, confident,
+   complete-looking answer wins: it guesses the missing detail, agrees with the claim, says that a thing is done instead
+   of calling. Knowing questions and natural talk are kept by likelihood. {aligned_steps} steps, {aligned_seconds:.0f}
+   minutes, seed {aligned_seed}. No spectral edit, merge, bias or subtraction. The size of the drop follows Shaikh et
+   al. (2024): 77.5 % fewer grounding acts in models than in people.
 
 Loss curves: `benchmarks/harbor/loss.png`; records: `natural.json` and `aligned.json` beside it.
 
@@ -165,8 +166,9 @@ def main(run: str | None = None) -> None:
         natural_steps=natural["steps"],
         natural_seed=natural["seed"],
         natural_peak=natural["peak"],
+        natural_guided=natural["guided"],
         natural_loss=natural["curve"][-1]["loss"],
-        aligned_beta=aligned["beta"],
+        aligned_margin=aligned["margin"],
         aligned_steps=aligned["steps"],
         aligned_seconds=aligned["seconds"] / 60,
         aligned_seed=aligned["seed"],
