@@ -4,8 +4,8 @@
 
 A document is a conversation and its tools; the model learns from the assistant's tokens, of the whole conversation or
 of its last message. Everything is a function of the seed, from the train split alone. Written to runs/harbor:
-tokenizer/, a file for each lesson of drills, and corpus.npz (all: ids; learn: one flag an id; hints: one an id; starts:
-one offset a document).
+tokenizer/, a file for each lesson of drills, and corpus.npz (ids; learn, hints, names: one an id; starts: one offset
+a document).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -39,6 +40,14 @@ FIRST = dict.fromkeys(LESSONS, 24000)  # documents a lesson
 # Of a function: is it wanted; of a parameter: is it of another one, or given; of a claimed value: is it right.
 HINTS = ("", "unwanted", "wanted", "beside", "lacking", "given", "wrong", "right")
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
+
+
+class Hint(NamedTuple):
+    """What is true of a place in a text."""
+
+    at: int  # index of a character
+    what: str  # one of HINTS
+    named: int | None  # index of the character where the name of what it is about begins
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,10 @@ class Document:
             for place, message in enumerate(own)
         ]
 
-    def hints(self, text: str) -> list[tuple[int, int]]:
-        """Return what is true of places in the rendered text: the index of a character, and one of HINTS.
-
-        Only where the document says it, in a message's `wants` or `claims`, or by calling.
-        """
-        found: list[tuple[int, int]] = []
+    def hints(self, text: str) -> list[Hint]:
+        """Return what is true of places in the rendered text, where the document says it: in a message's `wants` or
+        `claims`, or by calling."""
+        found: list[Hint] = []
         at = 0
         for message in self.messages:
             start = text.find(message.get("content") or "", at)  # -1: a turn that was dropped
@@ -76,10 +83,10 @@ class Document:
                 value, right = message["claims"]
                 inside = message["content"].lower().rfind(value.lower())  # -1: misspelt
                 if inside >= 0:
-                    found.append((start + inside + len(value) - 1, HINTS.index("right" if right else "wrong")))
+                    found.append(Hint(start + inside + len(value) - 1, "right" if right else "wrong", None))
         return found + self._signatures(text)
 
-    def _signatures(self, text: str) -> list[tuple[int, int]]:
+    def _signatures(self, text: str) -> list[Hint]:
         """Return what is true of functions, where their name and where their line ends, and of their parameters."""
         last = self.messages[-1]
         calls = last.get("tool_calls") or ()
@@ -87,23 +94,24 @@ class Document:
             return []
         called = calls[0]["function"] if calls else {}
         wanted, given = last.get("wants") or (called.get("name"), called.get("arguments", ()))
-        found: list[tuple[int, int]] = []
+        found: list[Hint] = []
         at = text.rindex("<|system|>", 0, text.rindex("<|assistant|>")) + len("<|system|>")
         for one in self.tools:
             function, serves = one["function"], one["function"]["name"] == wanted
-            at += len(function["name"]) + 1
-            found.append((at - 1, HINTS.index("wanted" if serves else "unwanted")))
+            line, at = at, at + len(function["name"]) + 1
+            found.append(Hint(at - 1, "wanted" if serves else "unwanted", line))
             required = function["parameters"].get("required", ())
             for name, kind in function["parameters"]["properties"].items():
                 listed = "|".join(kind["enum"]) if "enum" in kind else kind["type"]
                 default = f"={kind['default']}" if "default" in kind else ""
                 segment = f"{name}{'*' if name in required else ''}: {listed}{default}"
                 assert text.startswith(segment, at), (text, segment)
+                what = ("given" if name in given else "lacking") if serves else "beside"
+                found.append(Hint(at + len(segment) - 1, what, at))
                 at += len(segment) + 2
-                found.append((at - 3, HINTS.index(("given" if name in given else "lacking") if serves else "beside")))
             at += (0 if function["parameters"]["properties"] else 2) + len(function.get("description") or "")
             at += 1 if function.get("description") else 0
-            found.append((at - 2, HINTS.index("wanted" if serves else "unwanted")))
+            found.append(Hint(at - 2, "wanted" if serves else "unwanted", line))
         return found
 
 
@@ -253,26 +261,31 @@ def encode(
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[str],
     learnt: Sequence[Sequence[bool]],
-    hints: Sequence[Sequence[tuple[int, int]]],
+    hints: Sequence[Sequence[Hint]],
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return ids (t); learn (t), True for what the assistant wrote and its end mark, in the turns that are learnt from;
-    hints (t), an index of HINTS; starts (documents + 1)."""
+    hints (t), an index of HINTS; names (t), the first token of the name of what a hint is about, or 0; starts
+    (documents + 1)."""
     speaks, ends = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
     ids: list[np.ndarray[Any, Any]] = []
     learn: list[np.ndarray[Any, Any]] = []
     told: list[np.ndarray[Any, Any]] = []
+    named: list[np.ndarray[Any, Any]] = []
     for at in range(0, len(texts), 1000):
         batch = tokenizer(list(texts[at : at + 1000]), add_special_tokens=False, return_offsets_mapping=True)
         parts = (batch.input_ids, batch.offset_mapping, learnt[at : at + 1000], hints[at : at + 1000])
         for row, offsets, turns, places in zip(*parts, strict=True):
             one = np.array(row, dtype=np.int16)
-            hint = np.zeros(len(one), dtype=np.int8)
+            hint, name = np.zeros(len(one), dtype=np.int8), np.zeros(len(one), dtype=np.int16)
             if places:
                 behind = [end for _, end in offsets]
-                hint[np.searchsorted(behind, [place for place, _ in places], side="right")] = [
-                    what for _, what in places
-                ]
+                for place in places:
+                    at = np.searchsorted(behind, place.at, side="right")
+                    hint[at] = HINTS.index(place.what)
+                    if place.named is not None:
+                        name[at] = row[np.searchsorted(behind, place.named, side="right")]
             told.append(hint[:CONTEXT])
+            named.append(name[:CONTEXT])
             opens, closes = np.flatnonzero(one == speaks), np.flatnonzero(one == ends)
             mask = np.zeros(len(one), dtype=bool)
             kept = turns[len(turns) - len(opens) :]  # of those that were not dropped
@@ -282,7 +295,7 @@ def encode(
             ids.append(one[:CONTEXT])
             learn.append(mask[:CONTEXT])
     starts = np.cumsum([0, *(len(one) for one in ids)])
-    arrays = {"ids": ids, "learn": learn, "hints": told}
+    arrays = {"ids": ids, "learn": learn, "hints": told, "names": named}
     return {name: np.concatenate(some) for name, some in arrays.items()} | {"starts": starts}
 
 
@@ -300,11 +313,13 @@ def main() -> None:
     print(f"{len(everything)} documents, {time.monotonic() - began:.0f} s", flush=True)
     tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])
     tokenizer.save_pretrained(options.out / "tokenizer")
+    last = get_context("fork").Process(target=write, args=(options.out, "corpus", tokenizer, everything))
+    last.start()
     for lesson, number in FIRST.items():
         rng = random.Random(f"{lesson}/first/{options.seed}")
         made = [ending(rng, *drill(rng, lesson), lesson) for _ in range(round(number * options.scale))]
         write(options.out, lesson, tokenizer, made)
-    write(options.out, "corpus", tokenizer, everything)
+    last.join()
     print(f"{time.monotonic() - began:.0f} s")
 
 

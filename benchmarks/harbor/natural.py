@@ -118,23 +118,35 @@ AttentionInterface.register("harbor", attention)
 AttentionMaskInterface.register("harbor", lambda *_, **named: None)
 
 
+class Batch(NamedTuple):
+    """Rows of tokens, padded on the right."""
+
+    ids: torch.Tensor  # (b t)
+    labels: torch.Tensor  # (b t), -100 where there is nothing to learn
+    hints: torch.Tensor  # (b t), indices of corpus.HINTS
+    names: torch.Tensor  # (b t), the first token of the name of what a hint is about, 0 without one
+
+
 class Guide(torch.nn.Linear):
     """Says whether a function is wanted, a parameter given, a claimed value right, at the places that name them, from
-    what GUIDED layers have made of these. Left out of the model that is kept.
+    what GUIDED layers have made of these; and, with the model's own head, how the name begins. Not kept.
 
     Deep supervision (Lee et al. 2015): a conversation has one first token of a reply to learn from, and a dozen of
-    these.
+    these. What is wanted shows in a name's last word or behind it, what is to be said is its first, and a causal model
+    has to carry that along: without it `spark_village` was called `book_village`.
     """
 
     def __init__(self, width: int):
         super().__init__(width, 7, bias=False)
 
-    def loss(self, hidden: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihood of the hints (b t) after hidden states (b t d): the sum of the means over
-        functions, over parameters and over claims."""
-        kept = hints > 0
-        logits = self(rms_norm(hidden[kept].float(), hidden.shape[-1:])).float()
-        hint, total = hints[kept] - 1, logits.sum() * 0.0
+    def loss(self, hidden: torch.Tensor, batch: Batch, head: torch.nn.Module) -> torch.Tensor:
+        """Return the negative log-likelihood of the hints after hidden states (b t d): the sum of the means over
+        functions, parameters, claims and beginnings of names."""
+        kept = batch.hints > 0
+        hint, name = batch.hints[kept] - 1, batch.names[kept]
+        normed = rms_norm(hidden[kept].float(), hidden.shape[-1:])
+        logits, named = self(normed).float(), head(normed[name > 0]).float()
+        total = cross_entropy(named, name[name > 0], reduction="sum") / max(1, len(named))
         for first, last in ((0, 2), (2, 5), (5, 7)):
             mine = (hint >= first) & (hint < last)
             each = cross_entropy(logits[mine, first:last], hint[mine] - first, reduction="sum")
@@ -142,20 +154,13 @@ class Guide(torch.nn.Linear):
         return total
 
 
-class Batch(NamedTuple):
-    """Rows of tokens, padded on the right."""
-
-    ids: torch.Tensor  # (b t)
-    labels: torch.Tensor  # (b t), -100 where there is nothing to learn
-    hints: torch.Tensor  # (b t), indices of corpus.HINTS
-
-
 class Corpus:
     """The documents of one file in batches of similar length."""
 
     def __init__(self, path: Path, seed: int, tokens: int):
         stored = np.load(path)
-        self.ids, self.learn, self.hints, self.starts = (stored[key] for key in ("ids", "learn", "hints", "starts"))
+        self.ids, self.learn, self.starts = stored["ids"], stored["learn"], stored["starts"]
+        self.hints, self.names = stored["hints"], stored["names"]
         self.seed, self.tokens = seed, tokens
 
     def order(self, epoch: int) -> list[np.ndarray[Any, Any]]:
@@ -176,15 +181,15 @@ class Corpus:
     def rows(self, documents: np.ndarray[Any, Any]) -> Batch:
         """Return some documents as a batch."""
         longest = max(int(self.starts[one + 1] - self.starts[one]) for one in documents)
-        ids, hints = (np.zeros((len(documents), longest), dtype=np.int64) for _ in range(2))
+        ids, hints, names = (np.zeros((len(documents), longest), dtype=np.int64) for _ in range(3))
         labels = np.full((len(documents), longest), -100, dtype=np.int64)
         for row, one in enumerate(documents):
             piece = slice(int(self.starts[one]), int(self.starts[one + 1]))
             size = piece.stop - piece.start
             ids[row, :size] = self.ids[piece]
             labels[row, :size] = np.where(self.learn[piece], self.ids[piece], -100)
-            hints[row, :size] = self.hints[piece]
-        return Batch(*(torch.from_numpy(one) for one in (ids, labels, hints)))
+            hints[row, :size], names[row, :size] = self.hints[piece], self.names[piece]
+        return Batch(*(torch.from_numpy(one) for one in (ids, labels, hints, names)))
 
     def batches(self, skip: int) -> Iterator[Batch]:
         """Yield this process's batches for ever, without the first `skip`."""
@@ -212,7 +217,7 @@ def loss_of(model: LlamaForCausalLM, batch: Batch, speaks: int) -> tuple[torch.T
     each = cross_entropy(logits.float(), wanted, reduction="none")
     weight = torch.where(decides, DECIDES, 1.0)
     wrong = torch.zeros(int(decides.sum())).index_add_(0, decides.cumsum(0) - 1, (logits.argmax(-1) != wanted).float())
-    guided = model.guide.loss(made.hidden_states[GUIDED], batch.hints)
+    guided = model.guide.loss(made.hidden_states[GUIDED], batch, model.lm_head)
     return (each * weight).sum() / weight.sum(), guided, (wrong == 0).float().mean().item()
 
 
