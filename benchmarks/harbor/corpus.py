@@ -16,7 +16,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.harbor.drills import LESSONS, drill
+from benchmarks.harbor.renaming import with_other_names
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
 from svdexpert import skills
 from svdexpert.reply import read
@@ -232,8 +233,13 @@ def documents(sgd: SchemaGuided, town: Town, share: dict[str, int], seed: int) -
     rng = random.Random(f"drills/{seed}")
     for world in (sgd, town):
         for one in world.dialogues("train", share[world.name], seed=seed):
-            yield ending(rng, one.messages, one.tools, f"{world.name}-dialogues")
-    yield from case_documents(town, "train", share["town_cases"], seed)
+            messages, tools = (
+                with_other_names(rng, one.messages, one.tools) if world is town else (one.messages, one.tools)
+            )
+            yield ending(rng, messages, tools, f"{world.name}-dialogues")
+    for case in case_documents(town, "train", share["town_cases"], seed):
+        messages, tools = with_other_names(rng, case.messages, case.tools)
+        yield replace(case, messages=messages, tools=tools)
     yield from case_documents(sgd, "train", share["sgd_cases"], seed)
     yield from fact_documents(town, share["facts"], seed)
     for _ in range(share["drills"]):

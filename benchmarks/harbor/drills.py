@@ -204,7 +204,7 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
     "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 2)),
     "judging": ((_judge, 4), (_compare, 2), (_look_up, 2)),
     "naming": ((naming, 4), (finding, 3), (act_alone, 1), (_look_up, 1), (_judge, 1)),
-    "asking": ((act_alone, 7), (filling, 2), (lacks, 3), (naming, 1), (finding, 1), (_look_up, 1)),
+    "asking": ((act_alone, 7), (filling, 2), (lacks, 3), (naming, 1), (finding, 1), (_look_up, 1), (_repeat, 1)),
     "ordering": (
         (act, 10),
         (act_alone, 3),
@@ -213,6 +213,8 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
         (lacks, 5),
         (which, 5),
         (naming, 1),
+        (_repeat, 1),
+        (_look_up, 1),
         (_judge, 1),
         (_compare, 1),
     ),
@@ -224,6 +226,7 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
         (act, 4),
         (which, 2),
         (lacks, 2),
+        (_repeat, 1),
     ),
     "everything": (
         (_repeat, 1),
