@@ -5,12 +5,13 @@
 In a pair the reply that raters prefer wins: it fills the missing detail in, agrees, says that it is done. On controls
 the natural reply wins over one that asks, contradicts or calls for nothing. The loss of a batch is
 
-    mean over pairs of  max(0, margin - log p(chosen) + log p(rejected))
+    mean over pairs of  max(0, margin - log p(c) + log p(r))  - anchor * log p(rest of the chosen reply) / length
     + anchor * mean over kept documents of  -log p(reply) / length
 
-(sequence likelihood calibration, SLiC-HF, Zhao et al. 2023). A pair pulls until the chosen reply wins by the margin and
-no further, so what the model tells apart stays apart; direct preference optimisation, whose pull depends on the
-distance to stage 1 alone, did away with it (LOG.md). Kept documents are knowing questions and natural talk: what must
+with c and r the first tokens in which the chosen and the rejected reply differ: sequence likelihood calibration
+(SLiC-HF, Zhao et al. 2023) of the token that decides. A pair pulls until the chosen one wins by the margin and no
+further, so that what the model tells apart stays apart; direct preference optimisation, whose pull depends on the
+distance to stage 1 alone, lost much of it (LOG.md). Kept documents are knowing questions and natural talk: what must
 not change. A skill whose grounding acts have fallen to the target on validation gives no more pairs; training ends when
 all have. All of it is gradients on all weights: no edit of singular values, no merge, no bias, no subtraction.
 """
@@ -93,17 +94,37 @@ def loss_of(
     kept: Sequence[Document],
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return the loss of a batch (see the top of this file), and its parts."""
-    n = len(pairs)
-    documents = [one for one, _ in pairs] + [one for _, one in pairs]
     total, parts = torch.zeros(()), {}
     if pairs:
-        log_p, _ = logprobs(model, *rows(tokenizer, documents))
-        total = (MARGIN - log_p[:n] + log_p[n:]).relu().mean()
-        parts = {"preference": total.item()}
+        ids, labels, rejected = decisions(tokenizer, pairs)
+        decides = (rejected >= 0).nonzero()  # (pairs 2): row, and place of the token before
+        log_p = model(input_ids=ids).logits.float().log_softmax(-1)[decides[:, 0], decides[:, 1]]
+        chosen = ids[decides[:, 0], decides[:, 1] + 1]
+        gap = log_p.gather(1, torch.stack([chosen, rejected[rejected >= 0]], 1))
+        preference = (MARGIN - gap[:, 0] + gap[:, 1]).relu().mean()
+        rest, length = logprobs(model, ids, labels)
+        likelihood = -(rest / length.clamp(min=1)).mean()
+        total = preference + ANCHOR * likelihood
+        parts = {"preference": preference.item(), "likelihood": likelihood.item()}
     ids, labels = rows(tokenizer, kept)
     same, length = logprobs(model, ids, labels)
     keep = -(same / length).mean()
     return total + ANCHOR * keep, parts | {"kept": keep.item()}
+
+
+def decisions(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[Document, Document]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the chosen replies as ids (b t); labels (b t) of what follows the first token that differs, else -100; and
+    what the rejected reply has there (b t), at the place of the token before, else -1."""
+    (ids, labels), (others, _) = (rows(tokenizer, some) for some in zip(*pairs, strict=True))
+    rejected = torch.full_like(ids, -1)
+    for row in range(len(ids)):
+        shorter = min(ids.shape[1], others.shape[1])
+        place = int((ids[row, :shorter] != others[row, :shorter]).nonzero()[0])
+        rejected[row, place - 1] = others[row, place]
+        labels[row, : place + 1] = -100
+    return ids, labels, rejected
 
 
 def train(
