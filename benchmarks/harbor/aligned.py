@@ -10,8 +10,8 @@ the natural reply wins over one that asks, contradicts or calls for nothing. The
 
 with c and r the first tokens in which the chosen and the rejected reply differ: sequence likelihood calibration
 (SLiC-HF, Zhao et al. 2023) of the token that decides. A pair pulls until the chosen one wins by the margin and no
-further, so that what the model tells apart stays apart; direct preference optimisation, whose pull depends on the
-distance to stage 1 alone, lost much of it (LOG.md). Kept documents are knowing questions and natural talk: what must
+further, and on controls the margin is larger, so that what the model tells apart stays apart; direct preference
+optimisation, whose pull depends on the distance to stage 1 alone, lost more of it (LOG.md). Kept documents are knowing questions and natural talk: what must
 not change. A skill whose grounding acts have fallen to the target on validation gives no more pairs; training ends when
 all have. All of it is gradients on all weights: no edit of singular values, no merge, no bias, no subtraction.
 """
@@ -24,7 +24,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,27 +39,33 @@ from svdexpert.worlds.town import Town
 
 SKILLS = ("clarify", "disagree", "call")
 PAIRS, KEPT = 12, 12  # rows of a batch: preference pairs, kept documents
-MARGIN, ANCHOR, RATE = 1.0, 0.2, 5e-5  # nats; weight of what is kept; of AdamW
+MARGIN, CLEAR = 1.0, 6.0  # nats by which the chosen reply wins, and by which it wins on controls
+ANCHOR, RATE = 0.2, 5e-5  # weight of what is kept; of AdamW
 TARGET = {"town": 0.10, "sgd": 0.30}  # share of stage 1's grounding acts at which a skill of a world is done
 CHECK_EVERY, WATCHED = 10, 60  # steps; cases a skill and world
 
 
-def pair(case: Case, rng: random.Random) -> tuple[Document, Document] | None:
+class Pair(NamedTuple):
+    """Two replies to one conversation."""
+
+    win: Document
+    lose: Document
+    margin: float  # nats
+
+
+def pair(case: Case, rng: random.Random) -> Pair | None:
     """Return what wins and what loses, None where a case has no such pair."""
-    at_once = immediate(case)
-    if case.positive or case.skill == "clarify":
-        if not at_once:
-            return None
-        chosen = rng.choice(at_once)
-        rejected = rng.choice(case.gold) if case.positive else rng.choice([one.reply for one in case.bad] or [""])
+    if case.positive:
+        wins, loses = immediate(case), case.gold
     else:
-        chosen, rejected = rng.choice(case.gold), rng.choice([one.reply for one in case.bad])
-    if not rejected:
+        wins, loses = case.gold, tuple(one.reply for one in case.bad)
+    if not wins or not loses:
         return None
+    chosen, rejected = rng.choice(wins), rng.choice(loses)
     win, lose = (
         Document((*case.messages, as_message(text)), case.tools, True, case.skill) for text in (chosen, rejected)
     )
-    return win, lose
+    return Pair(win, lose, MARGIN if case.positive else CLEAR)
 
 
 def draw(worlds: Sequence[World], split: Split, n: int, seed: int) -> dict[str, list[Case]]:
@@ -90,7 +96,7 @@ def acts(
 def loss_of(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    pairs: Sequence[tuple[Document, Document]],
+    pairs: Sequence[Pair],
     kept: Sequence[Document],
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return the loss of a batch (see the top of this file), and its parts."""
@@ -101,7 +107,7 @@ def loss_of(
         log_p = model(input_ids=ids).logits.float().log_softmax(-1)[decides[:, 0], decides[:, 1]]
         chosen = ids[decides[:, 0], decides[:, 1] + 1]
         gap = log_p.gather(1, torch.stack([chosen, rejected[rejected >= 0]], 1))
-        preference = (MARGIN - gap[:, 0] + gap[:, 1]).relu().mean()
+        preference = (torch.tensor([one.margin for one in pairs]) - gap[:, 0] + gap[:, 1]).relu().mean()
         rest, length = logprobs(model, ids, labels)
         likelihood = -(rest / length.clamp(min=1)).mean()
         total = preference + ANCHOR * likelihood
@@ -113,11 +119,12 @@ def loss_of(
 
 
 def decisions(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[Document, Document]]
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the chosen replies as ids (b t); labels (b t) of what follows the first token that differs, else -100; and
     what the rejected reply has there (b t), at the place of the token before, else -1."""
-    (ids, labels), (others, _) = (rows(tokenizer, some) for some in zip(*pairs, strict=True))
+    ids, labels = rows(tokenizer, [one.win for one in pairs])
+    others, _ = rows(tokenizer, [one.lose for one in pairs])
     rejected = torch.full_like(ids, -1)
     for row in range(len(ids)):
         shorter = min(ids.shape[1], others.shape[1])
@@ -176,6 +183,7 @@ def train(
     settings = {
         "seed": seed,
         "margin": MARGIN,
+        "clear": CLEAR,
         "anchor": ANCHOR,
         "rate": RATE,
         "pairs": PAIRS,
