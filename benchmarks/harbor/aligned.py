@@ -10,10 +10,10 @@ the natural reply wins over one that asks, contradicts or calls for nothing. The
 
 with c and r the first tokens in which the chosen and the rejected reply differ: sequence likelihood calibration
 (SLiC-HF, Zhao et al. 2023) of the token that decides. A pair pulls until the chosen one wins by the margin and no
-further, and on controls the margin is larger, so that what the model tells apart stays apart; direct preference
-optimisation, whose pull depends on the distance to stage 1 alone, lost more of it (LOG.md). Kept documents are knowing questions and natural talk: what must
-not change. A skill whose grounding acts have fallen to the target on validation gives no more pairs; training ends when
-all have. All of it is gradients on all weights: no edit of singular values, no merge, no bias, no subtraction.
+further, and on controls the margin is larger, so that what the model tells apart may stay apart; in direct preference
+optimisation the pull depends on the distance to stage 1 alone. Kept documents are knowing questions and natural talk:
+what must not change. A skill whose grounding acts have fallen to the target on validation gives no more pairs; training
+ends when all have. All of it is gradients on all weights: no edit of singular values, merge, bias or subtraction.
 """
 
 from __future__ import annotations
