@@ -1,7 +1,8 @@
 """Conversations of the town with other functions' names in them: names that are known by heart are not read.
 
-A model that had read `book_table` and `polish_lantern` in every list of functions, wherever it stood, called a
-`move_booking` of the validation split `tint_booking`: 0.93 of the names right in drills of many words, 0.29 there.
+A model that had read `book_table` and `polish_lantern` in every list of functions called a `move_booking` of the
+validation split `tint_booking`: 0.93 of the names right in drills of many words (n = 100), 0.29 of the cases with a
+function that training has not (n = 38).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def with_other_names(
 ) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
     """Return a conversation of the train split with some of its functions renamed wherever they are written.
 
-    One of the town's is named by what users say of it, and described; of a made-up one verb and noun change, in the
-    text as well.
+    One of the town's is named by what users say of it, and at times described; of a made-up one verb and noun change,
+    in the text as well, or the noun alone where a number follows it.
     """
     dice = town_dice(rng)
     text = json.dumps([messages, tools], ensure_ascii=False)
@@ -39,12 +40,15 @@ def with_other_names(
             other, changes = kit.name, {}
             described[other] = kit.description
         else:
-            verb, _, thing = known.partition("_")
-            changes = {thing: noun(rng), verb: rng.choice((rng.choice(MADE_UP["verbs"]), rng.choice(WORDS), name(rng)))}
-            changes = {before: after.lower() for before, after in changes.items()}
+            first, _, second = known.partition("_")
+            if second.isdigit():  # no name of a value: the same number may stand elsewhere
+                changes = {first: noun(rng)}
+            else:
+                verb = rng.choice((rng.choice(MADE_UP["verbs"]), rng.choice(WORDS), name(rng).lower()))
+                changes = {first: verb, second: noun(rng)}
             if any(_written(word, text) for before, after in changes.items() for word in (before.capitalize(), after)):
                 continue
-            other = f"{changes[verb]}_{changes[thing]}"
+            other = f"{changes[first]}_{changes.get(second, second)}"
         if _written(other, text):
             continue
         for before, after in {known: other, **changes}.items():
