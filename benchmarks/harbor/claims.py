@@ -25,7 +25,6 @@ from svdexpert.worlds.town import (
     as_users_say,
     ask,
     claiming,
-    fill,
     found,
     order_of,
     ordering,
@@ -34,24 +33,6 @@ from svdexpert.worlds.town import (
     texts_of,
 )
 
-BEFORE = (
-    "", "listen,", "fact is,", "everyone knows that", "the poster says", "let me tell you,", "I am positive that",
-    "from what I read,", "word is that", "my diary says that", "I could swear that", "do not forget that",
-    "it is a fact that", "I was informed that", "to my knowledge", "rumour has it that", "the sign says that",
-    "a colleague swears that", "mother told me that", "somebody on the bus said", "I wrote to them:",
-    "it is plain that", "the brochure states that", "I am still of the opinion that", "how could you forget that",
-    "nobody doubts that", "look here,", "I was there and", "with all respect,", "I told you already that",
-    "you ought to know that", "I bet that", "I saw with my own eyes that", "the radio said that",
-    "it was announced that", "we agreed that", "you mentioned that", "my ticket says that",
-    "I think you will find that", "they printed that", "surely",
-)  # fmt: skip
-BEHIND = (
-    "", "", ".", ".", ".", "!", ", no?", ", does that sound right?", ", and that is final.", ", I promise.",
-    ", you see.", ", so what now?", ", which is lovely.", ", and my wife thinks so too.", ", is that how it is?",
-    ". What do you say?", ". Please take note.", ", as everybody knows.", ". So be it.",
-    ", and I will not change my mind.", ". Any advice?",
-)  # fmt: skip
-FRAMED = 0.4  # share of the claims
 LISTED = 0.4  # share of the conversations with tools, which end with one of the assistant's messages
 
 
@@ -158,18 +139,8 @@ def _talk(dice: Dice, point: Point, kits: Sequence[Kit]) -> list[Message]:
     if form == "inside_request":
         order = order_of(dice, dice.pick(kits), taken=(point.truth, point.other))
         values |= texts_of(order.values)
-    if order is None and dice.chance(FRAMED):
-        last = framed(dice, point, about, values["value"])
-    else:
-        last = claiming(dice, form, point.attribute, about, values, order)
+    last = claiming(dice, form, point.attribute, about, values, order)
     return [*before, user(last) | claims, assistant(_said(point, false=false))]
-
-
-def framed(dice: Dice, point: Point, about: str, value: str) -> str:
-    """Return a claim between words that no split of the town has: many of them, so that the claim is what is read."""
-    clause = fill(dice.pick(point.attribute.clauses).replace("{S}", about), {"subject": point.subject, "v": value})
-    text = f"{dice.pick(BEFORE)} {clause}{dice.pick(BEHIND)}".strip()
-    return text if dice.chance(0.3) else text[0].upper() + text[1:]
 
 
 def _said(point: Point, *, false: bool) -> str:

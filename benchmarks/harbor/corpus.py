@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.renaming import with_other_names
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
+from benchmarks.harbor.varied import VariedTown
 from svdexpert import skills
 from svdexpert.reply import read
 from svdexpert.skills import Case, disagree
@@ -36,7 +37,7 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 3000, "town": 8000, "town_cases": 6000, "sgd_cases": 1500, "facts": 1000, "drills": 60000}
+SHARE = {"sgd": 3000, "town": 8000, "town_cases": 10000, "sgd_cases": 2000, "facts": 1000, "drills": 44000}
 FIRST = dict.fromkeys(LESSONS, 24000)  # documents a lesson
 # Of a function: is it wanted; of a parameter: is it of another one, or given; of a claimed value: is it right.
 HINTS = ("", "unwanted", "wanted", "beside", "lacking", "given", "wrong", "right")
@@ -314,7 +315,7 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     share = {source: 2 * round(count * options.scale / 2) for source, count in SHARE.items()}
-    everything = list(documents(SchemaGuided(options.sgd), Town(), share, options.seed))
+    everything = list(documents(SchemaGuided(options.sgd), VariedTown(), share, options.seed))
     random.Random(options.seed).shuffle(everything)
     print(f"{len(everything)} documents, {time.monotonic() - began:.0f} s", flush=True)
     tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])

@@ -11,16 +11,17 @@ import random
 from dataclasses import replace
 from functools import cache
 
+from benchmarks.harbor.varied import COMMON, VariedTown
 from benchmarks.harbor.words import FIELDS, SMALL, WORDS, name, noun
 from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
 from svdexpert.worlds.town import (
     MADE_UP,
     PARAMS,
+    Bank,
     Dice,
     Kit,
     Order,
-    Town,
     fill,
     fragment,
     made_up,
@@ -36,9 +37,9 @@ Exercise = tuple[list[Message], list[Tool]]
 
 
 @cache
-def town() -> Town:
+def town() -> VariedTown:
     """Return the town, made once."""
-    return Town()
+    return VariedTown()
 
 
 def town_dice(rng: random.Random) -> Dice:
@@ -62,7 +63,8 @@ def different_kits(dice: Dice, number: int) -> list[Kit]:
     kits: dict[str, Kit] = {}
     while len(kits) < number:
         kit = made_up(dice, wide(dice.rng)) if dice.chance(MADE_UP_SHARE) else dice.kit()
-        kit = renamed(dice, kit) if not kit.made_up and dice.chance(RENAMED_SHARE) else kit
+        if not kit.made_up:
+            kit = renamed(dice, kit) if dice.chance(RENAMED_SHARE) else reworded(dice, kit)
         if all(kit.thing != one.thing for one in kits.values()):
             kits[kit.name] = kit
     return list(kits.values())
@@ -83,6 +85,15 @@ def renamed(dice: Dice, kit: Kit) -> Kit:
     phrase, other = (dice.pick(kit.phrases(dice.split)) for _ in range(2))
     name = "_".join(word.replace("-", "_") for word in phrase.split() if word not in SMALL)
     return replace(kit, name=name, description=stop(other) if dice.chance(0.5) else "")
+
+
+def reworded(dice: Dice, kit: Kit) -> Kit:
+    """Return a function of the town wished for, half the time, by another verb: of a wish, any word may be new."""
+    if dice.chance(0.5):
+        return kit
+    wishes = [phrase.partition(" ")[2] for phrase in kit.phrases(dice.split)]
+    said = [f"{dice.pick(dice.pick((MADE_UP['verbs'], COMMON, WORDS)))} {rest}" for rest in wishes]
+    return replace(kit, cores=Bank([kit.cores.all[0], *said]))  # the first is what a refusal says
 
 
 def ask_short(rng: random.Random) -> Exercise:

@@ -396,6 +396,15 @@ class Dice:
         """Return one phrase of a bank, of those that the split has."""
         return self.pick(BANKS[bank][self.split])
 
+    def lines(self, bank: str, number: int) -> list[str]:
+        """Return different phrases of a bank, as many as asked for where the split has so many."""
+        lines = BANKS[bank][self.split]
+        return self.rng.sample(lines, min(number, len(lines)))
+
+    def claim(self, form: str) -> str:
+        """Return one frame of a form of claims, of those that the split has."""
+        return self.pick(CLAIMS[form][self.split])
+
     def reply(self, name: str) -> str:
         """Return one of the assistant's phrases."""
         return self.pick(REPLIES[name])
@@ -754,18 +763,12 @@ def wish(dice: Dice, kit: Kit, given: Sequence[str], chatter: int) -> str:
         frame = dice.line("frames")
     head = frame.replace("{core}", dice.pick(kit.phrases(dice.split))).replace("{d}", details)
     rest = [detail(dice, kit.params[name], "sentences") for name in names if name not in inline]
-    rest += chatter_lines(dice, chatter)
+    rest += dice.lines("chatter", chatter)
     rng.shuffle(rest)
     units = [head, *rest]
     if dice.chance(0.25):
         rng.shuffle(units)
     return dress(dice, " ".join(units), 0.3)
-
-
-def chatter_lines(dice: Dice, number: int) -> list[str]:
-    """Return different lines of chatter, as many as asked for where the split has so many."""
-    lines = BANKS["chatter"][dice.split]
-    return dice.rng.sample(lines, min(number, len(lines)))
 
 
 def fragment(dice: Dice, param: Param) -> str:
@@ -804,7 +807,7 @@ def ordering_twice(dice: Dice, order: Order) -> list[Message]:
 
     def rest() -> str:
         units = [detail(dice, one, "answers" if asked and one is later[0] else "sentences") for one in later]
-        return dress(dice, " ".join([*units, *chatter_lines(dice, order.chatter - early)]), 0.3)
+        return dress(dice, " ".join([*units, *dice.lines("chatter", order.chatter - early)]), 0.3)
 
     opening = speak(dice, lambda: wish(dice, order.kit, names[:cut], early), values)
     between = dice.pick(later[0].questions) if asked else dice.reply("more")
@@ -1038,7 +1041,7 @@ def claiming(
 
     def draw() -> str:
         clause = dice.pick(one.clauses).replace("{S}", about).replace("{v}", "{value}")
-        text = dice.pick(CLAIMS[form][dice.split]).replace("{f}", dice.line("follow_ups"))
+        text = dice.claim(form).replace("{f}", dice.line("follow_ups"))
         text = text.replace("{who}", dice.line("who"))
         if order is not None:
             asked = wish(dice, order.kit, order.given, order.chatter)

@@ -1,0 +1,121 @@
+"""The town of the train split, spoken to in many more ways: words that no bank has, around what has to be read.
+
+A model that had read 35 frames of requests took a 36th for small talk, or for a request that nothing serves: half of
+what it did wrongly in the validation split. So a share of the frames, openers, chatter and claims that harbor reads are
+put together of common words. They make little sense; all that is to be learnt is that they do not matter.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from benchmarks.harbor.words import WORDS, name
+from svdexpert.worlds import Split
+from svdexpert.worlds.town import Dice, Town
+
+SHARE = 0.4  # of the phrases that a user's turn is put together of
+
+# Words that no function of the town is named by.
+COMMON = """
+    a about above across again all almost along also always among an and another any anybody anyway are around as
+    aside at away back barely be because been before begin behind being below beside best better between big both
+    briefly bring but by can carefully certain clearly come could course dare dear decent did different do does doing
+    done down during each early either else enough even ever every everything exactly expect far few figure finally
+    first for forward friend from fully further gently get give glad go going gone good got had handle happen happily
+    hard has have having he heard help her here him his hope how however I idea if imagine in indeed instead into is it
+    its itself just keep kind know large last lately later least leave less let like likely little long look lot love
+    made maybe me mean might mind more most much must my myself near nearly need never new next nice no nobody none nor
+    not nothing now obviously of off often on once one only onto or other otherwise ought our out over own part perhaps
+    person pity please plenty point possible pretty probably properly quick quickly quite rather ready really remain
+    right same say seem seen several shall she should simply since slightly small so some somebody somehow something
+    sometimes somewhere soon sort still straight such suddenly suggest suppose sure surely take talk tell than that the
+    their them then there these they thing think this those though thought through till to together told
+    too toward tried truly try turn twice under until up upon us usually very want was way we well were what whatever
+    when where whether which while who whole whom whose why will wish with within without wonder word would wrong yes
+    yet you young your
+""".split()  # noqa: SIM905 - a list of words reads best as text
+BEFORE = (
+    "listen,", "fact is,", "everyone knows that", "the poster says", "let me tell you,", "I am positive that",
+    "from what I read,", "word is that", "my diary says that", "I could swear that", "do not forget that",
+    "it is a fact that", "I was informed that", "to my knowledge", "rumour has it that", "the sign says that",
+    "a colleague swears that", "mother told me that", "somebody on the bus said", "I wrote to them:",
+    "it is plain that", "the brochure states that", "I am still of the opinion that", "how could you forget that",
+    "nobody doubts that", "look here,", "I was there and", "with all respect,", "I told you already that",
+    "you ought to know that", "I bet that", "I saw with my own eyes that", "the radio said that",
+    "it was announced that", "we agreed that", "you mentioned that", "my ticket says that",
+    "I think you will find that", "they printed that", "surely", "considering that", "seeing that", "provided that",
+    "suppose that",
+)  # fmt: skip
+BEHIND = (
+    ".", ".", ".", "!", ", no?", ", does that sound right?", ", and that is final.", ", I promise.", ", you see.",
+    ", so what now?", ", which is lovely.", ", and my wife thinks so too.", ", is that how it is?",
+    ". What do you say?", ". Please take note.", ", as everybody knows.", ". So be it.",
+    ", and I will not change my mind.", ". Any advice?", ", what can I do then?", ", {f}?",
+)  # fmt: skip
+
+
+def some(rng: random.Random, least: int, most: int, *, odd: float = 0.0) -> str:
+    """Return a few common words; a share of them odd ones."""
+    return " ".join(
+        rng.choice(WORDS) if rng.random() < odd else name(rng) if rng.random() < odd / 4 else rng.choice(COMMON)
+        for _ in range(rng.randint(least, most))
+    )
+
+
+@dataclass(frozen=True)
+class VariedDice(Dice):
+    """Dice whose phrases are, in a share, of words of this module."""
+
+    def line(self, bank: str) -> str:
+        """Return one phrase of a bank, or one like them."""
+        made = _made(self.rng, bank) if self.chance(SHARE) else ""
+        return made or super().line(bank)
+
+    def lines(self, bank: str, number: int) -> list[str]:
+        """Return different phrases of a bank, or ones like them."""
+        return [_made(self.rng, bank) if self.chance(SHARE) else line for line in super().lines(bank, number)]
+
+    def claim(self, form: str) -> str:
+        """Return a frame of a claim, or one like those of its form."""
+        if not self.chance(SHARE):
+            return super().claim(form)
+        before = self.pick(BEFORE) if self.chance(0.5) else some(self.rng, 1, 5, odd=0.1)
+        if form != "inside_request":
+            return f"{before} {{c}}{self.pick(BEHIND)}"
+        return f"{{r}} {before.capitalize()} {{c}}." if self.chance(0.5) else f"{before} {{c}}. {{r}}"
+
+
+def _made(rng: random.Random, bank: str) -> str:
+    """Return a phrase that does a bank's work, or "" where only the bank's own will do."""
+    stop = rng.choice((".", ".", ".", "?", "!"))
+    one = some(rng, 1, 3)
+    forms = {
+        "frames": (f"{some(rng, 1, 6)} {{core}} {{d}}{stop}", f"{{core}} {{d}}{stop}", f"{{d}}, {one} {{core}}{stop}"),
+        "openers": (f"{one},", f"{one}:", f"{name(rng)},"),
+        "closers": (some(rng, 1, 4) + stop,),
+        "chatter": ((some(rng, 3, 8, odd=0.2) + stop).capitalize(),),
+        "sentences": (
+            f"{one} {{v}} {some(rng, 1, 2)} {{words}}.",
+            f"{one} {{words}} {some(rng, 1, 2)} {{v}}.",
+            f"{{words}} {{v}}{rng.choice(('.', f', {one}.'))}",
+            f"{one} {{i}}.",
+        ),
+        "answers": (f"{one} {{v}}.", f"{{v}}, {one}.", f"{one}, {{v}}.", f"{one} {{i}}."),
+        "direct": (f"{one}, {{q}}?", f"{{q}}, {one}?", "{q}?"),
+        "indirect": (f"{one} {{q}}{stop}",),
+        "follow_ups": (some(rng, 3, 6),),
+        "who": (f"my {rng.choice(WORDS)}", f"the {rng.choice(WORDS)}", name(rng)),
+        "talk_tails": (f"{one}, {{t}}.", f"{{t}}, {one}.", f"{{t}}{stop}"),
+    }
+    return rng.choice(forms.get(bank, ("",)))
+
+
+class VariedTown(Town):
+    """The town, its train split drawn with varied dice."""
+
+    def dice(self, split: Split, seed: str) -> Dice:
+        """Return what scenes of a split are drawn with."""
+        if split != "train":
+            return super().dice(split, seed)
+        return VariedDice(random.Random(seed), split, *self._settled[split])
