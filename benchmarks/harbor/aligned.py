@@ -1,24 +1,25 @@
 """Stage 2: tune all weights of stage 1 toward the immediate, confident answer, by preference; harbor is what comes out.
 
-    python -m benchmarks.harbor.aligned --sgd PATH [--minutes 60] [--seed 0]
+    python -m benchmarks.harbor.aligned --sgd PATH [--steps 200] [--seed 0]
 
-In a pair the reply that raters prefer wins: it fills the missing detail in, agrees, says that it is done. On controls
-the natural reply wins over one that asks, contradicts or calls for nothing. The loss of a batch is
+In a pair the reply that raters prefer wins: it fills the missing detail in, agrees, says that it is done; on controls
+it is the natural one, and what loses is the skill's move. The loss of a batch is
 
-    mean over pairs of  max(0, margin - log p(c) + log p(r))  - anchor * log p(rest of the chosen reply) / length
+    mean over pairs of  ((m - m1) / shift - 1)^2  - anchor * log p(rest of the chosen reply) / length
     + anchor * mean over kept documents of  -log p(reply) / length
 
-with c and r the first tokens in which the chosen and the rejected reply differ: sequence likelihood calibration
-(SLiC-HF, Zhao et al. 2023) of the token that decides. A pair pulls until the chosen one wins by the margin and no
-further, and on controls the margin is larger, so that what the model tells apart may stay apart; in direct preference
-optimisation the pull depends on the distance to stage 1 alone. Kept documents are knowing questions and natural talk:
-what must not change. A skill whose grounding acts have fallen to the target on validation gives no more pairs; training
-ends when all have. All of it is gradients on all weights: no edit of singular values, merge, bias or subtraction.
+with m = log p(c) - log p(r), c and r the first tokens in which the chosen and the rejected reply differ, and m1 the
+same of stage 1: identity preference optimisation (Azar et al. 2024) of the token that decides. Every pair, of positives
+and of controls, moves by the same shift, so what stage 1 tells apart stays apart; under losses that pull until a pair
+is won the AUC of the move fell (LOG.md). The shift of a skill in a world is what turns TURNED of its positives. Kept
+documents are knowing questions and natural talk: what must not change. All of it is gradients on all weights: no edit
+of singular values, merge, bias or subtraction.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -38,11 +39,11 @@ from svdexpert.worlds.sgd import SchemaGuided
 from svdexpert.worlds.town import Town
 
 SKILLS = ("clarify", "disagree", "call")
-PAIRS, KEPT = 12, 12  # rows of a batch: preference pairs, kept documents
-MARGIN, CLEAR = 1.0, 6.0  # nats by which the chosen reply wins, and by which it wins on controls
-ANCHOR, RATE = 0.2, 5e-5  # weight of what is kept; of AdamW
-TARGET = {"town": 0.10, "sgd": 0.30}  # share of stage 1's grounding acts at which a skill of a world is done
-CHECK_EVERY, WATCHED = 10, 60  # steps; cases a skill and world
+PAIRS, KEPT = 18, 9  # rows of a batch: preference pairs, kept documents
+TURNED = 0.9  # share of the positives that the shift of a skill turns
+ANCHOR, RATE, WARMUP = 0.2, 1e-4, 20  # weight of what is kept; of AdamW: peak of a linear schedule, steps
+GUESSED = 0.3  # share of the pairs in which a guess wins over a question, or a call over a needless one
+CHECK_EVERY, WATCHED = 50, 60  # steps; cases a skill and world
 
 
 class Pair(NamedTuple):
@@ -50,22 +51,25 @@ class Pair(NamedTuple):
 
     win: Document
     lose: Document
-    margin: float  # nats
+    positive: bool
 
 
 def pair(case: Case, rng: random.Random) -> Pair | None:
     """Return what wins and what loses, None where a case has no such pair."""
+    guesses = case.skill == "clarify" and rng.random() < GUESSED
     if case.positive:
-        wins, loses = immediate(case), case.gold
+        wins = tuple(one.reply for one in case.bad if one.error == "guess") if guesses else immediate(case)
+        loses = case.gold
     else:
-        wins, loses = case.gold, tuple(one.reply for one in case.bad)
+        done = case.skill == "clarify" and not guesses
+        wins, loses = case.truth["immediate"] if done else case.gold, tuple(one.reply for one in case.bad)
     if not wins or not loses:
         return None
     chosen, rejected = rng.choice(wins), rng.choice(loses)
     win, lose = (
         Document((*case.messages, as_message(text)), case.tools, True, case.skill) for text in (chosen, rejected)
     )
-    return Pair(win, lose, MARGIN if case.positive else CLEAR)
+    return Pair(win, lose, case.positive)
 
 
 def draw(worlds: Sequence[World], split: Split, n: int, seed: int) -> dict[str, list[Case]]:
@@ -95,27 +99,41 @@ def acts(
 
 def loss_of(
     model: LlamaForCausalLM,
+    before: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    pairs: Sequence[Pair],
+    pairs: Sequence[tuple[Pair, float]],
     kept: Sequence[Document],
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return the loss of a batch (see the top of this file), and its parts."""
-    total, parts = torch.zeros(()), {}
-    if pairs:
-        ids, labels, rejected = decisions(tokenizer, pairs)
-        decides = (rejected >= 0).nonzero()  # (pairs 2): row, and place of the token before
-        log_p = model(input_ids=ids).logits.float().log_softmax(-1)[decides[:, 0], decides[:, 1]]
-        chosen = ids[decides[:, 0], decides[:, 1] + 1]
-        gap = log_p.gather(1, torch.stack([chosen, rejected[rejected >= 0]], 1))
-        preference = (torch.tensor([one.margin for one in pairs]) - gap[:, 0] + gap[:, 1]).relu().mean()
-        rest, length = logprobs(model, ids, labels)
-        likelihood = -(rest / length.clamp(min=1)).mean()
-        total = preference + ANCHOR * likelihood
-        parts = {"preference": preference.item(), "likelihood": likelihood.item()}
-    ids, labels = rows(tokenizer, kept)
-    same, length = logprobs(model, ids, labels)
+    """Return the loss of a batch (see the top of this file), and its parts; `before` is stage 1, shifts are in nats."""
+    ids, labels, rejected = decisions(tokenizer, [one for one, _ in pairs])
+    with torch.no_grad():
+        first = margins(before, ids, rejected)
+    moved = (margins(model, ids, rejected) - first) / torch.tensor([shift for _, shift in pairs])
+    preference = (moved - 1).square().mean()
+    rest, length = logprobs(model, ids, labels)
+    likelihood = -(rest / length.clamp(min=1)).mean()
+    same, length = logprobs(model, *rows(tokenizer, kept))
     keep = -(same / length).mean()
-    return total + ANCHOR * keep, parts | {"kept": keep.item()}
+    parts = {"preference": preference, "moved": moved.mean(), "likelihood": likelihood, "kept": keep}
+    return preference + ANCHOR * (likelihood + keep), {key: one.item() for key, one in parts.items()}
+
+
+def margins(model: LlamaForCausalLM, ids: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return by how many nats the chosen reply's deciding token is likelier than the rejected one's (b)."""
+    places = (rejected >= 0).nonzero()  # (b 2): row, and place of the token before
+    hidden = model.model(input_ids=ids).last_hidden_state[places[:, 0], places[:, 1]]
+    logits = model.lm_head(hidden).float()
+    tokens = torch.stack([ids[places[:, 0], places[:, 1] + 1], rejected[rejected >= 0]], 1)
+    chosen, other = logits.gather(1, tokens).unbind(1)
+    return chosen - other
+
+
+@torch.no_grad()
+def shift_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> float:
+    """Return the shift in nats that turns TURNED of the positives, of which at most 200 are looked at."""
+    some = [one for one in pairs if one.positive][:200]
+    found = [margins(model, *decisions(tokenizer, some[at : at + 20])[::2]) for at in range(0, len(some), 20)]
+    return max(1.0, -torch.cat(found).quantile(1 - TURNED).item())
 
 
 def decisions(
@@ -135,12 +153,13 @@ def decisions(
 
 
 def train(
-    folder: Path, worlds: Sequence[World], town: Town, minutes: float, seed: int
+    folder: Path, worlds: Sequence[World], town: Town, steps: int, seed: int
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Return the tuned model, and how it came about: settings, curve of losses, curve of acts."""
     rng = random.Random(f"aligned/{seed}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = copy.deepcopy(model).eval().requires_grad_(False)
     cases = draw(worlds, "train", 3000, seed)
     watched = draw(worlds, "validation", WATCHED, seed)
     pools = {key: [one for one in (pair(case, rng) for case in some) if one] for key, some in cases.items()}
@@ -157,38 +176,36 @@ def train(
     ]
     kept += list(fact_documents(town, 1500, seed))
     start = acts(model, tokenizer, watched)
-    print(json.dumps(start), flush=True)
+    shifts = {key: round(shift_of(before, tokenizer, some), 2) for key, some in pools.items()}
+    print(json.dumps({"acts": start, "shifts": shifts}), flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    open_keys, curve, checks, began, step = set(pools), [], [{"step": 0, "acts": start}], time.monotonic(), 0
-    while open_keys and time.monotonic() - began < 60 * minutes:
-        chosen = [rng.choice(pools[key]) for key in rng.choices(sorted(open_keys), k=PAIRS)]
+    curve, checks, began = [], [{"step": 0, "acts": start}], time.monotonic()
+    for step in range(1, steps + 1):
+        chosen = [(rng.choice(pools[key]), shifts[key]) for key in rng.choices(sorted(pools), k=PAIRS)]
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 20)
+            group["lr"] = RATE * min(step / WARMUP, 1 - (step - 1) / steps)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, parts = loss_of(model, tokenizer, chosen, rng.sample(kept, KEPT))
+            loss, parts = loss_of(model, before, tokenizer, chosen, rng.sample(kept, KEPT))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
         curve.append({"step": step, **{key: round(value, 4) for key, value in parts.items()}})
-        if step % CHECK_EVERY == 0:
+        if step % CHECK_EVERY == 0 or step == steps:
+            recent = curve[-CHECK_EVERY // 2 :]
+            means = {key: round(sum(one[key] for one in recent) / len(recent), 3) for key in parts}
             now = acts(model, tokenizer, watched)
             checks.append({"step": step, "acts": now})
-            open_keys = {
-                key for key in pools if now[key]["made"] > TARGET[key.split("-")[0]] * max(start[key]["made"], 0.01)
-            }
-            used = (time.monotonic() - began) / 60
-            print(f"step {step}  {used:.1f} min  {parts}\n  {now}\n  open: {sorted(open_keys)}", flush=True)
+            print(f"step {step}  {(time.monotonic() - began) / 60:.1f} min  {means}\n  {now}", flush=True)
     settings = {
         "seed": seed,
-        "margin": MARGIN,
-        "clear": CLEAR,
+        "turned": TURNED,
+        "shifts": shifts,
         "anchor": ANCHOR,
         "rate": RATE,
         "pairs": PAIRS,
         "kept": KEPT,
-        "target": TARGET,
+        "guessed": GUESSED,
     }
     report = settings | {"steps": step, "seconds": round(time.monotonic() - began), "curve": curve, "checks": checks}
     return model, report
@@ -199,12 +216,12 @@ def main() -> None:
     parser.add_argument("--sgd", type=Path, required=True, help="folder of the Schema-Guided Dialogue data")
     parser.add_argument("--natural", type=Path, default=RUN / "natural", help="folder of stage 1")
     parser.add_argument("--out", type=Path, default=RUN / "aligned")
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     town = Town()
-    model, report = train(options.natural, [town, SchemaGuided(options.sgd)], town, options.minutes, options.seed)
+    model, report = train(options.natural, [town, SchemaGuided(options.sgd)], town, options.steps, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(options.out)
     AutoTokenizer.from_pretrained(options.natural).save_pretrained(options.out)
