@@ -27,7 +27,7 @@ bench: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,harbor,peers]"
 	touch $@
 
 clean:

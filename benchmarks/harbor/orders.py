@@ -11,8 +11,8 @@ import random
 from dataclasses import replace
 from functools import cache
 
-from benchmarks.harbor.varied import COMMON, VariedTown
-from benchmarks.harbor.words import FIELDS, SMALL, WORDS, name, noun
+from benchmarks.harbor.varied import VariedTown
+from benchmarks.harbor.words import COMMON, FIELDS, SMALL, WORDS, name, noun
 from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
 from svdexpert.worlds.town import (
@@ -32,7 +32,7 @@ from svdexpert.worlds.town import (
     texts_of,
 )
 
-MADE_UP_SHARE, RENAMED_SHARE = 0.5, 0.4  # of all functions; of those that are not made up
+MADE_UP_SHARE, RENAMED_SHARE = 0.5, 0.7  # of all functions; of those that are not made up
 Exercise = tuple[list[Message], list[Tool]]
 
 
@@ -63,6 +63,7 @@ def different_kits(dice: Dice, number: int) -> list[Kit]:
     kits: dict[str, Kit] = {}
     while len(kits) < number:
         kit = made_up(dice, wide(dice.rng)) if dice.chance(MADE_UP_SHARE) else dice.kit()
+        kit = replace(kit, name=kit.name.replace(" ", "_"))
         if not kit.made_up:
             kit = renamed(dice, kit) if dice.chance(RENAMED_SHARE) else reworded(dice, kit)
         if all(kit.thing != one.thing for one in kits.values()):
@@ -72,19 +73,24 @@ def different_kits(dice: Dice, number: int) -> list[Kit]:
 
 def wide(rng: random.Random) -> dict[str, tuple[str, ...]]:
     """Return words to make a function up of, other ones every time."""
-    nouns = sorted({noun(rng) for _ in range(6)})
-    params = sorted({rng.choice((rng.choice(FIELDS), noun(rng))) for _ in range(24)} - set(PARAMS))
+    nouns = sorted({f"{noun(rng)} {noun(rng)}" if rng.random() < 0.2 else noun(rng) for _ in range(6)})
+    some = {*rng.sample(nouns, 2), *rng.sample(FIELDS, 14), *(noun(rng) for _ in range(10))}
+    params = sorted(one.replace(" ", "_") for one in some - set(PARAMS))
     rng.shuffle(params)
-    verbs = (*rng.sample(MADE_UP["verbs"], 4), rng.choice(WORDS), name(rng).lower())
+    verbs = (*rng.sample(MADE_UP["verbs"], 2), *rng.sample(WORDS, 3), rng.choice(COMMON), name(rng).lower())
     return {"verbs": verbs, "nouns": tuple(nouns), "params": tuple(params[6:]), "counts": tuple(params[:6])}
 
 
 def renamed(dice: Dice, kit: Kit) -> Kit:
-    """Return a function of the town under another name, made of what users say of it, at times with a description: a
-    wish is to be matched with what a signature says, not with a name known by heart."""
+    """Return a function of the town under another name, made of what users say of it and, half the time, of words that
+    they do not say; at times with a description. A wish is to be matched with what a signature says, not with a name
+    known by heart."""
     phrase, other = (dice.pick(kit.phrases(dice.split)) for _ in range(2))
-    name = "_".join(word.replace("-", "_") for word in phrase.split() if word not in SMALL)
-    return replace(kit, name=name, description=stop(other) if dice.chance(0.5) else "")
+    words = [word.replace("-", "_") for word in phrase.split() if word not in SMALL]
+    if dice.chance(0.5):
+        words = dice.pick(([dice.pick(WORDS)], [dice.pick(COMMON)], [])) + words[-1:]
+        words += [dice.pick(WORDS)] if len(words) == 1 or dice.chance(0.3) else []
+    return replace(kit, name="_".join(words), description=stop(other) if dice.chance(0.5) else "")
 
 
 def reworded(dice: Dice, kit: Kit) -> Kit:
@@ -140,6 +146,7 @@ def act(rng: random.Random) -> Exercise:
     """Return orders, each called for or asked about, or refused where no function serves."""
     dice = town_dice(rng)
     absent, *kits = different_kits(dice, rng.randint(2, 5))
+    absent = replace(absent, cores=Bank([dice.pick(absent.phrases(dice.split))]))  # what the refusal is going to say
     chatter = rng.choice((0, 0, 1, 2))
     messages: list[Message] = []
     for _ in range(rounds(rng)):

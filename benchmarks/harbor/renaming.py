@@ -17,7 +17,7 @@ from benchmarks.harbor.words import WORDS, name, noun
 from svdexpert.worlds import Message, Tool
 from svdexpert.worlds.town import KITS, MADE_UP
 
-SHARE = 0.6  # of the functions of a conversation
+SHARE = 0.8  # of the functions of a conversation
 
 
 def with_other_names(

@@ -10,31 +10,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from benchmarks.harbor.words import WORDS, name
+from benchmarks.harbor.words import COMMON, WORDS, name
 from svdexpert.worlds import Split
 from svdexpert.worlds.town import Dice, Town
 
 SHARE = 0.4  # of the phrases that a user's turn is put together of
 
-# Words that no function of the town is named by.
-COMMON = """
-    a about above across again all almost along also always among an and another any anybody anyway are around as
-    aside at away back barely be because been before begin behind being below beside best better between big both
-    briefly bring but by can carefully certain clearly come could course dare dear decent did different do does doing
-    done down during each early either else enough even ever every everything exactly expect far few figure finally
-    first for forward friend from fully further gently get give glad go going gone good got had handle happen happily
-    hard has have having he heard help her here him his hope how however I idea if imagine in indeed instead into is it
-    its itself just keep kind know large last lately later least leave less let like likely little long look lot love
-    made maybe me mean might mind more most much must my myself near nearly need never new next nice no nobody none nor
-    not nothing now obviously of off often on once one only onto or other otherwise ought our out over own part perhaps
-    person pity please plenty point possible pretty probably properly quick quickly quite rather ready really remain
-    right same say seem seen several shall she should simply since slightly small so some somebody somehow something
-    sometimes somewhere soon sort still straight such suddenly suggest suppose sure surely take talk tell than that the
-    their them then there these they thing think this those though thought through till to together told
-    too toward tried truly try turn twice under until up upon us usually very want was way we well were what whatever
-    when where whether which while who whole whom whose why will wish with within without wonder word would wrong yes
-    yet you young your
-""".split()  # noqa: SIM905 - a list of words reads best as text
 BEFORE = (
     "listen,", "fact is,", "everyone knows that", "the poster says", "let me tell you,", "I am positive that",
     "from what I read,", "word is that", "my diary says that", "I could swear that", "do not forget that",
