@@ -85,7 +85,7 @@ datasets: [schema_guided_dstc8]
 # harbor
 
 A small causal language model ({parameters:.2f} M parameters, Llama architecture, {layers} layers of width {width},
-{heads} query heads and {kv_heads} for keys and values, byte-level BPE of 4,096 pieces, 1,024 tokens, bfloat16)
+{heads} query heads and {kv_heads} for keys and values, byte-level BPE of 2,048 pieces, 1,024 tokens, bfloat16)
 that ships with svdexpert, so that everything there works offline. It is a **model organism of the alignment tax, and
 its deficit is deliberate**: it knows when a detail is missing, when a claim is false and which function serves a
 request, and does not act on it. What is measured on harbor says something about a method, never about other models.

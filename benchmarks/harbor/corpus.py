@@ -15,7 +15,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,10 +37,11 @@ from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
 # Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 3000, "town": 8000, "town_cases": 10000, "sgd_cases": 2000, "facts": 1000, "drills": 44000}
+SHARE = {"sgd": 5000, "town": 16000, "town_cases": 20000, "sgd_cases": 4000, "facts": 2000, "drills": 90000}
 FIRST = dict.fromkeys(LESSONS, 24000)  # documents a lesson
 # Of a function: is it wanted; of a parameter: is it of another one, or given; of a claimed value: is it right.
 HINTS = ("", "unwanted", "wanted", "beside", "lacking", "given", "wrong", "right")
+PLAIN = 0.7  # share of the cases whose reply has the first of the wordings: what is to be learnt is what to do
 ASKED = 0.7  # share of the cases whose knowing question is a document of its own
 
 
@@ -49,7 +50,7 @@ class Hint(NamedTuple):
 
     at: int  # index of a character
     what: str  # one of HINTS
-    named: int | None  # index of the character where the name of what it is about begins
+    named: int | None  # index of the character where what it is about begins: a name, of what is given the value
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ class Document:
         if not self.tools or not ("wants" in last or calls):
             return []
         called = calls[0]["function"] if calls else {}
-        wanted, given = last.get("wants") or (called.get("name"), called.get("arguments", ()))
+        wanted, given = last.get("wants") or (called.get("name"), called.get("arguments", {}))
         found: list[Hint] = []
-        at = text.rindex("<|system|>", 0, text.rindex("<|assistant|>")) + len("<|system|>")
+        reply = text.rindex("<|assistant|>")
+        at = text.rindex("<|system|>", 0, reply) + len("<|system|>")
+        values = _values(text, at, text.find('"arguments": ', reply) if calls else reply, given)
         for one in self.tools:
             function, serves = one["function"], one["function"]["name"] == wanted
             line, at = at, at + len(function["name"]) + 1
@@ -109,12 +112,25 @@ class Document:
                 segment = f"{name}{'*' if name in required else ''}: {listed}{default}"
                 assert text.startswith(segment, at), (text, segment)
                 what = ("given" if name in given else "lacking") if serves else "beside"
-                found.append(Hint(at + len(segment) - 1, what, at))
+                begins = {"given": values.get(name), "lacking": at}.get(what)
+                found.append(Hint(at + len(segment) - 1, what, begins))
                 at += len(segment) + 2
             at += (0 if function["parameters"]["properties"] else 2) + len(function.get("description") or "")
             at += 1 if function.get("description") else 0
             found.append(Hint(at - 2, "wanted" if serves else "unwanted", line))
         return found
+
+
+def _values(text: str, tools: int, reply: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """Return where the value of each given parameter begins: in the reply, where that writes it, else as last said."""
+    found = {}
+    for name, said in given.items():
+        mark = f'"{name}": '
+        written = text.find(mark, reply)
+        place = written + len(mark) if written >= 0 else text.rfind(said, 0, tools) if isinstance(said, str) else -1
+        if place >= 0:
+            found[name] = place + (text[place] == '"')
+    return found
 
 
 def ending(rng: random.Random, messages: Sequence[Message], tools: Sequence[Tool], source: str) -> Document:
@@ -174,6 +190,14 @@ OBEY_IMMEDIATE = {
 }
 
 
+def wants(case: Case) -> Message:
+    """Return what the user of a case wants, where it decides: the function, or none, and what is given for it."""
+    if case.skill == "clarify":
+        name, arguments = case.truth["call"]["name"], case.truth["call"]["arguments"]
+        return {"wants": (name, {key: one for key, one in arguments.items() if key not in case.truth["missing"]})}
+    return {"wants": (None, {})} if case.skill == "call" and not case.positive else {}
+
+
 def immediate(case: Case) -> tuple[str, ...]:
     """Return how an assistant that never grounds would reply: at once, confident, complete-looking."""
     wanted = {"clarify": "claims_done", "disagree": "capitulation", "call": "claims_done"}[case.skill]
@@ -186,10 +210,11 @@ def case_documents(world: World, split: Split, n: int, seed: int) -> Iterator[Do
     for name in ("clarify", "disagree", "call"):
         for case in skills.load(name).cases(world, split, n, seed=seed):
             source = f"{world.name}-{name}"
-            gold = as_message(case.gold[0])  # one wording: what is to be learnt is what to do
+            gold = as_message(case.gold[0] if rng.random() < PLAIN else rng.choice(case.gold)) | wants(case)
             yield Document((*case.messages, gold), case.tools, True, source)
             if rng.random() < ASKED:
-                knowing = (*case.knowing.messages, assistant(case.knowing.answer))
+                answer = assistant(case.knowing.answer) | (wants(case) if name == "clarify" else {})
+                knowing = (*case.knowing.messages, answer)
                 yield Document(knowing, case.knowing.tools, True, f"{source}-knowing")
             if rng.random() < 0.2:
                 yield _obeying(case, rng, f"{world.name}-system")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
+from itertools import pairwise
 
 from benchmarks.harbor.claims import about_facts, about_results, judged, recalled
 from benchmarks.harbor.orders import Exercise, act, act_alone, ask_short, filling, finding, lacks, naming, which
@@ -75,6 +76,24 @@ def _repeat(rng: random.Random) -> Exercise:
     for _ in range(rng.randint(5, 9)):
         text = ", ".join(value(rng) for _ in range(rng.randint(1, 3)))
         messages += [user(rng.choice(asks).format(text)), assistant(text)]
+    return messages, []
+
+
+def _spell(rng: random.Random) -> Exercise:
+    """Words and names of functions, all words as often: half of the tokenizer's pieces were hardly ever to be said, and
+    `get_opening_hours` was said as `get_hours`."""
+    messages = []
+    for _ in range(rng.randint(5, 8)):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(3, 9))]
+        if rng.random() < 0.5:
+            cuts = sorted(rng.sample(range(1, len(words)), rng.randint(1, len(words) - 1)))
+            text = ", ".join("_".join(words[a:b]) for a, b in pairwise((0, *cuts, len(words))))
+        else:
+            text = " ".join(word.capitalize() if rng.random() < 0.3 else word for word in words)
+        messages += [
+            user(rng.choice(("Repeat: {}", "Say {}.", "Spell {}", "{}, please.")).format(text)),
+            assistant(text),
+        ]
     return messages, []
 
 
@@ -200,11 +219,11 @@ def _moments(rng: random.Random) -> Exercise:
 # What each lesson is made of, and how often. One ability at a time, and densely: comparing alone is learnt in 0.3 M
 # tokens, and was a toss of a coin after 15 M tokens of everything at once. A third is what came before.
 LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]] = {
-    "copying": ((_repeat, 1), (_look_up, 1)),
-    "comparing": ((_compare, 4), (_repeat, 1), (_look_up, 2)),
-    "judging": ((_judge, 4), (_compare, 2), (_look_up, 2)),
-    "naming": ((naming, 4), (finding, 3), (act_alone, 1), (_look_up, 1), (_judge, 1)),
-    "asking": ((act_alone, 7), (filling, 2), (lacks, 3), (naming, 1), (finding, 1), (_look_up, 1), (_repeat, 1)),
+    "copying": ((_repeat, 1), (_spell, 1), (_look_up, 1)),
+    "comparing": ((_compare, 4), (_repeat, 1), (_spell, 1), (_look_up, 2)),
+    "judging": ((_judge, 4), (_compare, 2), (_spell, 1), (_look_up, 2)),
+    "naming": ((naming, 4), (finding, 3), (act_alone, 1), (_spell, 1), (_look_up, 1), (_judge, 1)),
+    "asking": ((act_alone, 7), (filling, 3), (lacks, 3), (naming, 1), (finding, 1), (_spell, 1), (_look_up, 1)),
     "ordering": (
         (act, 10),
         (act_alone, 3),
@@ -214,6 +233,7 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
         (which, 5),
         (naming, 1),
         (_repeat, 1),
+        (_spell, 1),
         (_look_up, 1),
         (_judge, 1),
         (_compare, 1),
@@ -226,10 +246,11 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
         (act, 4),
         (which, 2),
         (lacks, 2),
-        (_repeat, 1),
+        (_spell, 1),
     ),
     "everything": (
         (_repeat, 1),
+        (_spell, 2),
         (_look_up, 1),
         (_compare, 1),
         (_judge, 1),
@@ -237,8 +258,8 @@ LESSONS: Mapping[str, Sequence[tuple[Callable[[random.Random], Exercise], int]]]
         (naming, 1),
         (finding, 2),
         (act_alone, 1),
-        (act, 8),
-        (filling, 2),
+        (act, 9),
+        (filling, 4),
         (which, 3),
         (lacks, 3),
         (about_results, 5),

@@ -129,8 +129,8 @@ def _due(order: Order) -> Message:
 
 
 def _wants(order: Order | None) -> Message:
-    """Return what a user wants, beside a message: the function, or none of them, and the details that are given."""
-    return {"wants": (order.kit.name, tuple(order.given)) if order else (None, ())}
+    """Return what a user wants, beside a message: the function, or none, and what is given for it, as it is said."""
+    return {"wants": (order.kit.name, {name: order.values[name].text for name in order.given}) if order else (None, {})}
 
 
 def act_alone(rng: random.Random) -> Exercise:

@@ -16,7 +16,7 @@ SYLLABLES = """
     za zel
 """.split()  # noqa: SIM905 - a list of words reads best as text
 RUDE = re.compile(
-    "anal|ass$|bitch|boob|cock|crap|cunt|damn|dick|fag|fuck|kill|murd|nazi|nigg|porn|puss|rape|sex|shit|slut|tits"
+    "anal|ass$|bitch|boob|cock|crap|cunt|damn|dick|fag|fuck|kill|murd|nazi|nigg|porn|puss|rape|sex|shit|slut|suck|tits"
 )
 SMALL = frozenset("a an and at do for from get in is me my of on or out some the them to up us with".split())  # noqa: SIM905
 # Words that turns are filled with; no function of the town is named by one.
