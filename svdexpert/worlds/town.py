@@ -1335,7 +1335,7 @@ class Town:
         rng = random.Random(f"town/{seed}")
         self._settled: dict[Split, tuple[list[Fact], dict[str, list[str]]]] = {
             split: settle(Dice(rng, split), places, people)
-            for split, places, people in zip(SPLITS, (42, 6, 12), (21, 3, 6), strict=True)
+            for split, places, people in zip(SPLITS, (46, 9, 13), (22, 4, 6), strict=True)
         }
 
     def dice(self, split: Split, seed: str) -> Dice:
