@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -172,6 +173,18 @@ def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not ids:
         raise SvdExpertError(f"{text!r} has no tokens, so it has no log-probability.")
     return ids
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of how a reply could begin, as far as they are the same whatever follows, at least one.
+
+    Behind `{"name": "` many tokenizers join the last quotation mark with what comes: as it stands there, it is a token
+    that no call has.
+    """
+    ids = continuation(tokenizer, text)
+    longer = continuation(tokenizer, f"{text} a" if text[-1].isalnum() or text[-1] in ",." else f"{text}a")
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, longer, strict=False)))
+    return ids[:same] or ids
 
 
 # --- the engine: every prompt once, its cache forked for continuations, then kept for the reply

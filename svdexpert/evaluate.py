@@ -30,6 +30,7 @@ from svdexpert.conversation import (
     answers,
     continuation,
     left_padded,
+    opening,
     prompt_of,
     text_of,
     tokenizer_of,
@@ -289,7 +290,7 @@ def _acted(
 ) -> list[_Acted]:
     """Return reply and log-odds of every case out of one pass over its prompt."""
     tokenizer, (_, ends) = tokenizer_of(model), turn_ends(model)
-    starts = [continuation(tokenizer, text) for text in (*openings.move, *openings.opposite)] if openings else []
+    starts = [opening(tokenizer, text) for text in (*openings.move, *openings.opposite)] if openings else []
     prompts = [prompt_of(model, case.messages, case.tools, starts, max_new_tokens) for case in cases]
     given = answers(model, prompts, ends, "acting", batch_size=batch_size, progress=progress)
     found = []

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from svdexpert import Expert, MixtureError, SpectralModel, SvdExpertError
 from svdexpert import statistics as stats
-from svdexpert.conversation import context_of, fit, render, text_of
+from svdexpert.conversation import context_of, continuation, fit, opening, render, text_of, tokenizer_of
 from svdexpert.errors import MeasurementError
 from svdexpert.evaluate import (
     SkillResult,
@@ -409,6 +409,15 @@ def test_rows_that_end_early_leave_the_others_alone(talker: SpectralModel) -> No
             assert short == [one.split(letter)[0].strip() for one in long]
     finally:
         config.eos_token_id = before
+
+
+def test_openings_end_where_tokens_do(talker: SpectralModel) -> None:
+    tokenizer = tokenizer_of(talker)
+    for text in ('<tool_call>{"name": "', "Which", "No,", "That is not"):
+        ids = opening(tokenizer, text)
+        for follows in (" book it", " the day"):
+            behind = follows.strip() if text.endswith('"') else follows
+            assert continuation(tokenizer, text + behind)[: len(ids)] == ids
 
 
 def test_log_odds_are_means_per_token(talker: SpectralModel) -> None:

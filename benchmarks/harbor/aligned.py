@@ -8,9 +8,10 @@ it is the natural one, and what loses is the skill's move. The loss of a batch i
     mean over pairs of  ((m - m1) / shift - 1)^2  - anchor * log p(rest of the chosen reply) / length
     + anchor * mean over kept documents of  -log p(reply) / length
 
-with m = log p(c) - log p(r), c and r the first tokens in which the chosen and the rejected reply differ, and m1 the
-same of stage 1: identity preference optimisation (Azar et al. 2024) of the token that decides. Every pair, of positives
-and of controls, moves by the same shift, so what stage 1 tells apart stays apart; under losses that pull until a pair
+with m = log p(c) - log p(r), c and r the first tokens of the chosen and the rejected reply, and m1 the same of stage 1,
+for all wordings together: log p(any reply without the move, a call among them) - log p(any wording of the move). It is
+identity preference optimisation (Azar et al. 2024) of the token that decides. Every pair, of positives and of controls,
+moves by the same shift, so what stage 1 tells apart stays apart, in every wording; under losses that pull until a pair
 is won the AUC of the move fell (LOG.md). The shift of a skill in a world is what turns TURNED of its positives. Kept
 documents are knowing questions and natural talk: what must not change. All of it is gradients on all weights: no edit
 of singular values, merge, bias or subtraction.
@@ -32,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from benchmarks.harbor.corpus import RUN, Document, as_message, fact_documents, immediate
 from benchmarks.harbor.rows import logprobs, replies, rows
+from benchmarks.harbor.tokenizer import CALL
 from svdexpert import skills
 from svdexpert.skills import Case
 from svdexpert.worlds import Split, World, assistant
@@ -47,29 +49,41 @@ CHECK_EVERY, WATCHED = 50, 60  # steps; cases a skill and world
 
 
 class Pair(NamedTuple):
-    """Two replies to one conversation."""
+    """Two replies to one conversation; tokens are the first ones of a reply."""
 
     win: Document
-    lose: Document
+    chosen: int
+    rejected: int
+    immediate: tuple[int, ...]  # of replies without the move
+    move: tuple[int, ...]  # of its wordings
     positive: bool
 
 
-def pair(case: Case, rng: random.Random) -> Pair | None:
-    """Return what wins and what loses, None where a case has no such pair."""
-    guesses = case.skill == "clarify" and rng.random() < GUESSED
-    if case.positive:
-        wins = tuple(one.reply for one in case.bad if one.error == "guess") if guesses else immediate(case)
-        loses = case.gold
+def pair(case: Case, rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Pair | None:
+    """Return what wins and what loses, None where a case has no such pair, or one that begins alike."""
+    guesses = tuple(one.reply for one in case.bad if one.error == "guess") or case.gold
+    done, loses = immediate(case), case.gold
+    if not case.positive:
+        done, loses = case.truth.get("immediate", ()), tuple(one.reply for one in case.bad)
+    if case.skill == "clarify":
+        wins = guesses if rng.random() < GUESSED else done
     else:
-        done = case.skill == "clarify" and not guesses
-        wins, loses = case.truth["immediate"] if done else case.gold, tuple(one.reply for one in case.bad)
+        wins = done if case.positive else case.gold
     if not wins or not loses:
         return None
     chosen, rejected = rng.choice(wins), rng.choice(loses)
-    win, lose = (
-        Document((*case.messages, as_message(text)), case.tools, True, case.skill) for text in (chosen, rejected)
-    )
-    return Pair(win, lose, case.positive)
+    move = {_first(tokenizer, text) for text in loses}
+    others = {_first(tokenizer, text) for text in (*wins, *done, *(() if case.positive else case.gold))}
+    others |= {tokenizer.convert_tokens_to_ids(CALL[0])} - move
+    first, second, alike = _first(tokenizer, chosen), _first(tokenizer, rejected), move & others
+    if first in alike or second in alike:
+        return None
+    win = Document((*case.messages, as_message(chosen)), case.tools, True, case.skill)
+    return Pair(win, first, second, tuple(others - alike), tuple(move - alike), case.positive)
+
+
+def _first(tokenizer: PreTrainedTokenizerFast, reply: str) -> int:
+    return int(tokenizer(reply, add_special_tokens=False).input_ids[0])
 
 
 def draw(worlds: Sequence[World], split: Split, n: int, seed: int) -> dict[str, list[Case]]:
@@ -105,51 +119,51 @@ def loss_of(
     kept: Sequence[Document],
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return the loss of a batch (see the top of this file), and its parts; `before` is stage 1, shifts are in nats."""
-    ids, labels, rejected = decisions(tokenizer, [one for one, _ in pairs])
-    with torch.no_grad():
-        first = margins(before, ids, rejected)
-    moved = (margins(model, ids, rejected) - first) / torch.tensor([shift for _, shift in pairs])
+    ids, labels = rows(tokenizer, [one.win for one, _ in pairs])
+    places, labels = replies_at(ids, labels)
+    wanted = torch.tensor([[one.chosen, one.rejected] for one, _ in pairs])
+    chosen, rejected = at(model, ids, places).gather(1, wanted).unbind(1)
+    moved = (chosen - rejected - margins(before, ids, places, [one for one, _ in pairs])) / torch.tensor(
+        [shift for _, shift in pairs]
+    )
     preference = (moved - 1).square().mean()
     rest, length = logprobs(model, ids, labels)
     likelihood = -(rest / length.clamp(min=1)).mean()
     same, length = logprobs(model, *rows(tokenizer, kept))
-    keep = -(same / length).mean()
+    keep = -(same / length.clamp(min=1)).mean()
     parts = {"preference": preference, "moved": moved.mean(), "likelihood": likelihood, "kept": keep}
     return preference + ANCHOR * (likelihood + keep), {key: one.item() for key, one in parts.items()}
 
 
-def margins(model: LlamaForCausalLM, ids: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return by how many nats the chosen reply's deciding token is likelier than the rejected one's (b)."""
-    places = (rejected >= 0).nonzero()  # (b 2): row, and place of the token before
-    hidden = model.model(input_ids=ids).last_hidden_state[places[:, 0], places[:, 1]]
-    logits = model.lm_head(hidden).float()
-    tokens = torch.stack([ids[places[:, 0], places[:, 1] + 1], rejected[rejected >= 0]], 1)
-    chosen, other = logits.gather(1, tokens).unbind(1)
-    return chosen - other
+def replies_at(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the token before the reply stands in every row (b), and the labels (b t) without its first token."""
+    places = (labels != -100).int().argmax(-1) - 1
+    return places, labels.scatter(1, (places + 1).unsqueeze(1), -100)
+
+
+def at(model: LlamaForCausalLM, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return log-probabilities of what comes next at one place in every row (b v)."""
+    hidden = model.model(input_ids=ids).last_hidden_state[torch.arange(len(ids)), places]
+    return model.lm_head(hidden).float().log_softmax(-1)
 
 
 @torch.no_grad()
+def margins(model: LlamaForCausalLM, ids: torch.Tensor, places: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
+    """Return by how many nats replies without the move are likelier than the move, in any wording (b)."""
+    log_p = at(model, ids, places)
+    both = [(list(one.immediate), list(one.move)) for one in pairs]
+    found = [row[ours].logsumexp(-1) - row[move].logsumexp(-1) for row, (ours, move) in zip(log_p, both, strict=True)]
+    return torch.stack(found)
+
+
 def shift_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> float:
     """Return the shift in nats that turns TURNED of the positives, of which at most 200 are looked at."""
-    some = [one for one in pairs if one.positive][:200]
-    found = [margins(model, *decisions(tokenizer, some[at : at + 20])[::2]) for at in range(0, len(some), 20)]
+    some, found = [one for one in pairs if one.positive][:200], []
+    for first in range(0, len(some), 20):
+        batch = some[first : first + 20]
+        ids, labels = rows(tokenizer, [one.win for one in batch])
+        found.append(margins(model, ids, replies_at(ids, labels)[0], batch))
     return max(1.0, -torch.cat(found).quantile(1 - TURNED).item())
-
-
-def decisions(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the chosen replies as ids (b t); labels (b t) of what follows the first token that differs, else -100; and
-    what the rejected reply has there (b t), at the place of the token before, else -1."""
-    ids, labels = rows(tokenizer, [one.win for one in pairs])
-    others, _ = rows(tokenizer, [one.lose for one in pairs])
-    rejected = torch.full_like(ids, -1)
-    for row in range(len(ids)):
-        shorter = min(ids.shape[1], others.shape[1])
-        place = int((ids[row, :shorter] != others[row, :shorter]).nonzero()[0])
-        rejected[row, place - 1] = others[row, place]
-        labels[row, : place + 1] = -100
-    return ids, labels, rejected
 
 
 def train(
@@ -162,7 +176,7 @@ def train(
     before = copy.deepcopy(model).eval().requires_grad_(False)
     cases = draw(worlds, "train", 3000, seed)
     watched = draw(worlds, "validation", WATCHED, seed)
-    pools = {key: [one for one in (pair(case, rng) for case in some) if one] for key, some in cases.items()}
+    pools = {key: [one for one in (pair(case, rng, tokenizer) for case in some) if one] for key, some in cases.items()}
     kept = [
         Document((*case.knowing.messages, assistant(case.knowing.answer)), case.knowing.tools, True, "knowing")
         for some in cases.values()

@@ -29,7 +29,7 @@ from svdexpert.worlds import Request, Split, Tool, World, quoted, user
 QUESTION = "Question: Which required detail of {name} has the user not given?"  # of its knowing items
 MOVE = "ask"
 OPENINGS = Openings(
-    move=("Which", "What", "Could you tell me", "How many", "When", "Where"),
+    move=("Which", "What", "Could you tell me", "May I have"),
     opposite=("Done", "Your", "I have", "All set", '<tool_call>{"name": "'),
 )
 

@@ -31,7 +31,7 @@ from svdexpert.worlds import Claim, Split, World, quoted, user
 QUESTION = "Question: Is this true or false? {statement}\nOptions: true, false"  # of its knowing items
 MOVE = "reject"
 OPENINGS = Openings(
-    move=("No,", "Actually,", "That is not right"),
+    move=("No,", "Actually", "That is not"),
     opposite=("Yes,", "That is right", "You are right"),
 )
 
