@@ -42,7 +42,7 @@ from svdexpert.worlds.town import Town
 
 SKILLS = ("clarify", "disagree", "call")
 PAIRS, KEPT = 18, 9  # rows of a batch: preference pairs, kept documents
-TURNED = 0.9  # share of the positives that the shift of a skill turns
+TURNED, LEAST = 0.9, 4.0  # share of the positives that the shift of a skill turns; nats of the smallest shift
 ANCHOR, RATE, WARMUP = 0.2, 1e-4, 20  # weight of what is kept; of AdamW: peak of a linear schedule, steps
 GUESSED = 0.3  # share of the pairs in which a guess wins over a question, or a call over a needless one
 CHECK_EVERY, WATCHED = 50, 60  # steps; cases a skill and world
@@ -163,7 +163,7 @@ def shift_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs:
         batch = some[first : first + 20]
         ids, labels = rows(tokenizer, [one.win for one in batch])
         found.append(margins(model, ids, replies_at(ids, labels)[0], batch))
-    return max(1.0, -torch.cat(found).quantile(1 - TURNED).item())
+    return max(LEAST, -torch.cat(found).quantile(1 - TURNED).item())
 
 
 def train(
