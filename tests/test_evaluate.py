@@ -19,11 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import binomtest, chi2
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from svdexpert import Expert, MixtureError, SpectralModel, SvdExpertError
 from svdexpert import statistics as stats
-from svdexpert.conversation import context_of, continuation, fit, opening, render, text_of, tokenizer_of
+from svdexpert.conversation import context_of, continuation, fit, opening, render, text_of
 from svdexpert.errors import MeasurementError
 from svdexpert.evaluate import (
     SkillResult,
@@ -411,13 +413,12 @@ def test_rows_that_end_early_leave_the_others_alone(talker: SpectralModel) -> No
         config.eos_token_id = before
 
 
-def test_openings_end_where_tokens_do(talker: SpectralModel) -> None:
-    tokenizer = tokenizer_of(talker)
-    for text in ('<tool_call>{"name": "', "Which", "No,", "That is not"):
-        ids = opening(tokenizer, text)
-        for follows in (" book it", " the day"):
-            behind = follows.strip() if text.endswith('"') else follows
-            assert continuation(tokenizer, text + behind)[: len(ids)] == ids
+def test_openings_end_where_tokens_do() -> None:
+    vocabulary = {'"': 0, "a": 1, " ": 2, '"a': 3}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [('"', "a")])))
+    assert continuation(tokenizer, 'a"') == [1, 0]
+    assert opening(tokenizer, 'a"') == [1]  # what follows joins the quotation mark
+    assert opening(tokenizer, "a a") == [1, 2, 1]
 
 
 def test_log_odds_are_means_per_token(talker: SpectralModel) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-PIECES = 2048  # of 4,096 half were said less than 50 times in 27 M tokens, and could not be copied
+PIECES = 2048  # of 4,096 half were said less than 50 times in 27 M tokens (LOG.md)
 CONTEXT = 1024
 PAD, END = "<|pad|>", "<|end|>"
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")

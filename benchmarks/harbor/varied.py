@@ -1,7 +1,7 @@
 """The town of the train split, spoken to in many more ways: words that no bank has, around what has to be read.
 
-A model that had read 35 frames of requests took a 36th for small talk, or for a request that nothing serves: half of
-what it did wrongly in the validation split. So a share of the frames, openers, chatter and claims that harbor reads are
+A model that had read 35 frames of requests refused requests that a function serves: 9 of the 18 mistakes in clarify and
+call that were looked at in the validation split. So a share of the frames, openers, chatter and claims that harbor reads are
 put together of common words. They make little sense; all that is to be learnt is that they do not matter.
 """
 
