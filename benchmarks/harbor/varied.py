@@ -1,8 +1,8 @@
 """The town of the train split, spoken to in many more ways: words that no bank has, around what has to be read.
 
 A model that had read 35 frames of requests refused requests that a function serves: 9 of the 18 mistakes in clarify and
-call that were looked at in the validation split. So a share of the frames, openers, chatter and claims that harbor reads are
-put together of common words. They make little sense; all that is to be learnt is that they do not matter.
+call that were looked at in the validation split. So a share of the frames, openers, chatter and claims that harbor
+reads are put together of common words. They make little sense; all that is to be learnt is that they do not matter.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ FIELDS = """
 def _known() -> list[str]:
     """Return English words as they are used, without those of COMMON and those that are numbers or days.
 
-    With 300 words of our own, names of functions were put together from them. It is a general list: 7 of the 10 words in
-    names of held-out functions are in it too, without what these functions are or take.
+    With 300 words of our own, names of functions were put together from them. It is a general list: 7 of the 10 words
+    in names of held-out functions are in it too, without what these functions are or take.
     """
     values = {"monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "one", "two", "three",
               "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"}  # fmt: skip
