@@ -25,11 +25,11 @@ BEFORE = (
     "nobody doubts that", "look here,", "I was there and", "with all respect,", "I told you already that",
     "you ought to know that", "I bet that", "I saw with my own eyes that", "the radio said that",
     "it was announced that", "we agreed that", "you mentioned that", "my ticket says that",
-    "I think you will find that", "they printed that", "surely", "considering that", "seeing that", "provided that",
+    "I think you will find that", "they printed that", "surely", "seeing that", "provided that",
     "suppose that",
 )  # fmt: skip
 BEHIND = (
-    ".", ".", ".", "!", ", no?", ", does that sound right?", ", and that is final.", ", I promise.", ", you see.",
+    ".", ".", ".", "!", ", no?", ", does that sound right?", ", and that is final.", ", I promise.",
     ", so what now?", ", which is lovely.", ", and my wife thinks so too.", ", is that how it is?",
     ". What do you say?", ". Please take note.", ", as everybody knows.", ". So be it.",
     ", and I will not change my mind.", ". Any advice?", ", what can I do then?", ", {f}?",
