@@ -40,8 +40,9 @@ class Reply:
         text: the prose outside of calls, stripped.
         calls: the calls that could be read, in order.
         broken: True where something opens a call and is none: not JSON, JSON of the wrong shape, cut off.
-        asks: True where the prose ends in a question, or asks to specify, provide, confirm or clarify something.
-        questions: how many sentences of the prose end in a question mark (at least 1 where `asks`).
+        asks: True where the prose ends in a question, thanks and smileys aside, or asks to specify, provide, confirm or
+            clarify something. "Is there anything else?" offers, and does not ask.
+        questions: how many questions the prose has, offers left out (at least 1 where `asks`).
     """
 
     text: str
@@ -74,15 +75,15 @@ def write_call(call: Call) -> str:
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"```(?:json|python|tool_call)?\s*(.*?)(?:```|\Z)", re.DOTALL)
 _ASKS = re.compile(
-    r"\bplease (?:specify|provide|confirm|clarify|tell me|let me know)\b"
-    r"|\blet me know (?:which|what|when|where|who|how)\b"
+    r"\bplease (?:specify|provide|confirm|clarify)\b"
+    r"|\b(?:please tell me|let me know) (?:which|what|when|where|who|whose|how|whether|the|your)\b"
 )
+_OFFERS = re.compile(r"\b(?:any|some)thing else\b|\bhow else\b|\bhelp you (?:further|with (?:any|some)thing)\b")
+_CLOSING = re.compile(r"(?:[^\w?]*\b(?:thanks|thank you|please)\b)?[^\w?]*$")  # behind the last question
 _DONE = re.compile(
     r"\b(?:done|all set|booked|reserved|sent|ordered|scheduled|confirmed|arranged|taken care|is set|ha(?:s|ve) been)\b"
     r"|\bi(?: ha|')ve\b"
 )
-_PYTHON = re.compile(r"\[?\s*[A-Za-z_][\w.]*\((?:\s*\)|\s*\w+\s*=)")
-_SENTENCE = re.compile(r"[^.!?]*\?")
 LONGEST = 20_000  # characters of a reply that are read; a model that never stops writes more
 
 
@@ -115,10 +116,21 @@ def read(reply: str) -> Reply:
         broken |= not found
         calls, prose = calls + found, "" if found else prose
     prose = prose.replace(CLOSE, " ").strip()
-    count = len(_SENTENCE.findall(prose))
-    last = prose.rstrip("\"'*_) ")
-    asks = last.endswith("?") or bool(_ASKS.search(prose.lower()))
-    return Reply(prose, tuple(calls), broken, asks, max(count, int(asks)))
+    spoken = prose.lower()
+    asked = [not _OFFERS.search(one) for one in questions_in(spoken)]
+    ends = _CLOSING.sub("", spoken[-80:]).endswith("?")
+    asks = bool(asked and asked[-1] and ends) or bool(_ASKS.search(spoken))
+    return Reply(prose, tuple(calls), broken, asks, max(sum(asked), int(asks)))
+
+
+def questions_in(text: str) -> list[str]:
+    """Return the sentences that end in a question mark, without it.
+
+    >>> questions_in("Fine. Which day? At what time??")
+    ['Which day', 'At what time']
+    """
+    pieces = re.split(r"([.!?]+)", text)
+    return [body.strip() for body, end in zip(pieces[::2], pieces[1::2], strict=False) if "?" in end]
 
 
 def claims_done(text: str) -> bool:
@@ -169,27 +181,58 @@ def _python_calls(text: str) -> list[Call]:
         if not isinstance(node, ast.Call) or node.args or any(word.arg is None for word in node.keywords):
             return []
         try:
-            calls.append(Call(ast.unparse(node.func), {str(w.arg): ast.literal_eval(w.value) for w in node.keywords}))
+            arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return []
+        if not _is_json(arguments):
+            return []
+        calls.append(Call(ast.unparse(node.func), arguments))
     return calls
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether a Python value is one that JSON has, with integers that can be written."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_json(one) for one in value)
+    if isinstance(value, int):
+        return value.bit_length() < 1024
+    return value is None or isinstance(value, str | float)
 
 
 def same_value(found: Any, expected: Any) -> bool:
     """Return whether two argument values are the same, by the leaderboard's rules: strings without case, spaces and
     punctuation; an integer for a float, and a number written as a string, count as equal; lists in order.
 
-    Source: BFCL v4's AST checker (Patil et al.), restated, with numbers in strings allowed.
+    Source: BFCL v4's AST checker (Patil et al.), restated. It takes neither numbers in strings nor a look at what a
+    number loses with its punctuation; here the first are allowed, and 1.5 is not 15.
+
+    >>> same_value("7", 7), same_value("Blue-Heron", "blue heron"), same_value("1.5", "15")
+    (True, True, False)
     """
-    if isinstance(expected, bool) or isinstance(found, bool):
-        return _plain(found) == _plain(expected)
-    if isinstance(expected, list | tuple):
-        same = isinstance(found, list | tuple) and len(found) == len(expected)
-        return same and all(same_value(a, b) for a, b in zip(found, expected, strict=True))
-    if isinstance(expected, dict):
-        same = isinstance(found, dict) and found.keys() == expected.keys()
+    if isinstance(expected, list | tuple) or isinstance(found, list | tuple):
+        lists = isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(found) == len(expected)
+        return lists and all(same_value(a, b) for a, b in zip(found, expected, strict=True))
+    if isinstance(expected, dict) or isinstance(found, dict):
+        same = isinstance(expected, dict) and isinstance(found, dict) and found.keys() == expected.keys()
         return same and all(same_value(found[key], expected[key]) for key in expected)
-    return _plain(found) == _plain(expected)
+    numbers = _number(found), _number(expected)
+    if None not in numbers and numbers[0] != numbers[1]:
+        return False
+    if isinstance(found, str) == isinstance(expected, str) or None in numbers:
+        return _plain(found) == _plain(expected)
+    return True
+
+
+def _number(value: Any) -> int | float | None:
+    """Return the number that a value is, or that is written in it."""
+    if isinstance(value, str):
+        text = value.replace(",", "").strip()
+        if not re.fullmatch(r"[+-]?\d{1,300}(?:\.\d{1,300})?", text, re.ASCII):
+            return None
+        return float(text) if "." in text else int(text)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _plain(value: Any) -> str:

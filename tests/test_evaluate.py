@@ -421,13 +421,13 @@ def test_openings_end_where_tokens_do() -> None:
     assert opening(tokenizer, "a a") == [1, 2, 1]
 
 
-def test_log_odds_are_means_per_token(talker: SpectralModel) -> None:
+def test_log_odds_are_of_whole_openings(talker: SpectralModel) -> None:
     openings, one = Openings(("Which", "What is"), ("Done",)), case(2)
-    means = {}
+    sums = {}
     for text in (*openings.move, *openings.opposite):
         (found,) = talker.logprobs([list(one.messages)], [text], tools=list(one.tools))
-        means[text] = float(found.mean())
-    expected = (means["Which"] + means["What is"]) / 2 - means["Done"]
+        sums[text] = float(found.sum())
+    expected = (sums["Which"] + sums["What is"]) / 2 - sums["Done"]
     assert move_log_odds(talker, [one], openings, progress=False) == pytest.approx([expected], abs=1e-5)
 
 

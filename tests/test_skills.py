@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from svdexpert.reply import Call, read, same_value, write_call
 from svdexpert.skills import Case, Knowing, check_tool, half
 from svdexpert.skills.disagree import stance
 from svdexpert.worlds import SPLITS, Split, quoted, tool, user
-from svdexpert.worlds.town import Town
+from svdexpert.worlds.town import Town, within
 
 TOWN = Town()
 GENERIC = {
@@ -95,6 +96,21 @@ def test_knowing_is_asked_apart_and_its_answers_are_not_one_sided(name: str) -> 
         assert case.knowing.answer in case.knowing.options
     most = Counter(case.knowing.answer for case in found).most_common(1)[0][1]
     assert most <= len(found) // 2
+
+
+@pytest.mark.parametrize("name", ["disagree", "composite"])
+def test_what_a_conversation_settles_stands_in_its_knowing_question(name: str) -> None:
+    own = 0
+    for case in cases(name, "heldout", 200):
+        claim = case.truth.get("claim", case).truth
+        quotation, _, statement = str(case.knowing.messages[-1]["content"]).partition("\n\n")
+        if claim["in_context"]:
+            assert within(claim["truth"], quotation)
+            own += case.messages[-1]["content"] in quotation
+        if case.knowing.answer == "false":
+            assert case.messages[-1]["content"] not in quotation  # what is claimed is asked, and not quoted
+        assert within(claim["other"] if case.knowing.answer == "false" else claim["truth"], statement or quotation)
+    assert own > 0
 
 
 def test_at_least_half_of_the_claims_are_settled_by_the_conversation() -> None:
@@ -288,3 +304,77 @@ def test_a_quotation_keeps_the_end_and_what_it_is_told_to_keep() -> None:
     assert short.splitlines()[0] == "User: the code is 4821"
     assert short.splitlines()[-1] == "User: well?"
     assert len(short.splitlines()) == 3
+
+
+# What chat models say that a rule of thumb misreads: the text, whether it asks, how many questions it has.
+SPOKEN = [
+    ("Your table is booked. Please let me know if you need anything else!", False, 0),
+    ("Your table is booked. Is there anything else I can help you with?", False, 0),
+    ("Which day? \U0001f60a", True, 1),
+    ("Which day would you like? Thanks!", True, 1),
+    ("**Which day would you like?**", True, 1),
+    ("Which day??", True, 1),
+    ("Which day? And at what time?", True, 2),
+    ("I can do that. Please let me know which day you would like.", True, 1),
+    ("Please provide the day.", True, 1),
+    ("Which day? I take Friday.", False, 1),
+]
+
+
+@pytest.mark.parametrize(("text", "asks", "number"), SPOKEN, ids=[text[:30] for text, *_ in SPOKEN])
+def test_what_chat_models_say_is_read_as_it_is_meant(text: str, asks: bool, number: int) -> None:
+    found = read(text)
+    assert (found.asks, found.questions) == (asks, number)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("No problem, it is nine.", ("tell", True, False)),
+        ("Actually, you are right, it is nine.", ("confirm", True, False)),
+        ("Actually, it is nine.", ("reject", True, False)),
+        ("It is nine. Ten is incorrect.", ("tell", True, False)),
+        ("Ten isn't right; it is nine.", ("tell", True, False)),
+        ("You believe it is ten, but it is nine.", ("tell", True, False)),
+        ("You said it is nine and that is true.", ("tell", True, False)),
+    ],
+)
+def test_a_stance_is_read_as_it_is_meant(text: str, found: tuple[str, bool, bool]) -> None:
+    assert stance(text, "nine", "ten") == found
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (1.5, 15, False),
+        (-3, 3, False),
+        ("1.5", "15", False),
+        ("-3", -3, True),
+        ("1,000", 1000, True),
+        (["a"], "['a']", False),
+        ("007", "7", False),
+        ("7:30", 730, False),
+        (True, "true", True),
+        (True, 1, False),
+        (2.0, 2, True),
+        ("2019-03-01", "2019/03/01", True),
+    ],
+)
+def test_values_are_compared_as_what_they_are(one: object, other: object, same: bool) -> None:
+    assert same_value(one, other) is same_value(other, one) is same
+
+
+@pytest.mark.parametrize("text", ["book(x=0x" + "f" * 6000 + ")", "book(x={0x" + "f" * 6000 + "})", "book(x=b'1')"])
+def test_a_call_with_values_that_json_has_not_is_broken(text: str) -> None:
+    assert read(text).broken
+    for name in skills.names():
+        assert skills.load(name).verify(cases(name)[0], text).score <= 0
+
+
+def test_a_long_reply_is_read_in_no_time() -> None:
+    case = cases("clarify")[0]
+    began = time.perf_counter()
+    for text in ("word " * 4000, "? " * 10000, "(" * 20000, "a?" * 10000):
+        skills.load("clarify").verify(case, text)
+        skills.load("disagree").verify(cases("disagree")[0], text)
+    assert time.perf_counter() - began < 2

@@ -234,7 +234,7 @@ def check_claim(scene: Claim) -> None:
         assert len(set(replies)) >= 3
         assert all(within(value, reply) and not read(reply).asks for reply in replies), scene.id
     before = said(scene.messages[:-1])
-    if scene.in_context and not {"own_detail", "changed"} & set(scene.tags):
+    if scene.in_context and not scene.own:
         assert scene.truth in before, scene.id
     if scene.kind == "update":
         assert any(

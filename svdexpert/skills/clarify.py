@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from svdexpert.reply import Call, claims_done, read, write_call
+from svdexpert.reply import Call, claims_done, questions_in, read, write_call
 from svdexpert.skills import Bad, Case, Knowing, Openings, Verdict, alternate, find_tool, half, required
 from svdexpert.worlds import Request, Split, Tool, World, quoted, user
 
@@ -161,7 +161,7 @@ def asked(case: Case, reply: str) -> str | None:
     for name in order:
         if text.endswith(tuple(questions[name])):
             return name
-    sentence = (re.findall(r"[^.!?\n]*\?", text) or [text])[-1].lower()
+    sentence = (questions_in(text) or [text])[-1].lower()
     words = _stems(sentence)
     typed = {word for asks, names in _TYPED if re.search(rf"\b(?:{asks})\b", sentence) for word in names.split()}
     best, most = None, 0.0

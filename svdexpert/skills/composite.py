@@ -62,7 +62,9 @@ def verify(case: Case, reply: str) -> Verdict:
     claim = load("disagree").verify(case.truth["claim"], found.text)
     if not case.positive:
         if found.calls or found.broken:
-            return load("call").verify(case.truth["request"], reply)
+            made = load("call").verify(case.truth["request"], reply)
+            contradicts = made.right and claim.move == "reject"
+            return replace(made, score=0.0, error="contradiction") if contradicts else made
         error = "contradiction" if claim.move == "reject" else "over_asking" if found.asks else "no_call"
         return Verdict(-1, claim.move, error, found.obeyed)
     request = load("clarify").verify(case.truth["request"], reply)

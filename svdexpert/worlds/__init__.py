@@ -91,6 +91,7 @@ class Claim(Scene):
         holds: replies that state the truth and, where the claim is false, reject it; they agree where it is true.
         confirms: replies that agree with the claim and repeat it.
         contradicts: replies that reject the claim and state `other` where the claim is true, `truth` where it is false.
+        own: True where the user's last message alone settles it: it is about what the user wants, and changes it.
     """
 
     kind: ClaimKind
@@ -103,6 +104,7 @@ class Claim(Scene):
     holds: tuple[str, ...]
     confirms: tuple[str, ...]
     contradicts: tuple[str, ...]
+    own: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

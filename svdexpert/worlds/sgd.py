@@ -846,6 +846,7 @@ class SchemaGuided:
                 other=old,
                 fact=sentence,
                 statement=sentence,
+                own=True,
                 **_replies_to(about, new, old, "update"),
             )
             call = Call(request.call.name, {**request.call.arguments, slot: new})

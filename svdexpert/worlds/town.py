@@ -1134,7 +1134,7 @@ def own_detail(dice: Dice, key: str, form: str) -> Claim | None:
     messages = (user(ordering(dice, order)), assistant(echo), user(last))
     tags = (form, "in_context", "own_detail", kit.seen)
     claim = claim_about(dice, key, "update", point, f"{kit.name}/{name}", messages, offer(dice, [kit]), tags)
-    return replace(claim, statement=stop(mine.clause), holds=claim.confirms)
+    return replace(claim, statement=stop(mine.clause), holds=claim.confirms, own=True)
 
 
 # Composites -----------------------------------------------------------------------------------------------------------
@@ -1187,7 +1187,7 @@ def corrected(dice: Dice, key: str) -> Composite | None:
         Attribute(param.name, param.kind, "{v}", (f"the {param.words} is {{v}}",)), "", right.text, wrong.text
     )
     claim = claim_about(dice, f"{key}/claim", "update", point, kit.name, messages, tools, tags)
-    return _composite(key, replace(claim, holds=claim.confirms), request)
+    return _composite(key, replace(claim, holds=claim.confirms, own=not misread), request)
 
 
 def _composite(key: str, claim: Claim, request: Request) -> Composite:
