@@ -287,7 +287,7 @@ def knowing_doing(
     wanted = mix if mix is not None else _alone(library, experts)
     loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
     if chat_template is not None and loaded.tokenizer is not None:
-        loaded.tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        loaded.tokenizer.chat_template = _text(chat_template)
     results = evaluate.knowing_doing(
         loaded,
         place,
@@ -303,9 +303,14 @@ def knowing_doing(
     _show(report.knowing_doing_table(results))
     if world == "sgd" and "disagree" in families:
         _show("disagree: the dialogues are real, the user's claims were inserted")
+    skipped: list[str] = getattr(place, "skipped", [])
+    if skipped:
+        _show(f"{len(skipped)} dialogues did not parse and were left out; the first: {skipped[0]}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model": model, "world": world, "split": split, "n": n, "seed": seed, "version": __version__}
+    if world == "sgd":
+        settings["claims"] = "inserted into real dialogues"
     with whole_file(folder / "knowing_doing.json") as temporary:
         kept = settings | {"results": [one.to_json() for one in results]}
         temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -329,7 +334,14 @@ def _texts(path: str | None) -> list[str] | None:
     """Return the lines of a calibration file that have something on them."""
     if path is None:
         return None
-    return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in _text(path).splitlines() if line.strip()]
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SvdExpertError(f"{path} is no text in UTF-8: {error}.") from error
 
 
 def _experts(path: str | None) -> "Mapping[str, Expert]":

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any, cast
 
@@ -22,8 +24,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from svdexpert.errors import MixtureError, SvdExpertError
 from svdexpert.layers import device_of
 from svdexpert.model import SpectralModel
-from svdexpert.reply import CLOSE, OPEN
-from svdexpert.worlds import Message, Tool, assistant, user
+from svdexpert.reply import CLOSE, OPEN, Call, write_call
+from svdexpert.worlds import Message, Tool, assistant, calling, result, tool, user
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass; what 32 rows of 250 tokens need at once no longer fits a CPU's cache."""
@@ -39,6 +41,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tool
 
     Raises:
         SvdExpertError: there is no chat template, or it refuses the conversation.
+
+    For templates that know no functions see `spelled_out`.
     """
     encoded = _templated(tokenizer, messages, tools, add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
@@ -104,19 +108,62 @@ def _fitted(
 def _templated(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool], **how: Any
 ) -> Any:
-    from jinja2.exceptions import TemplateError
-
     if tokenizer.chat_template is None:
         raise SvdExpertError(
             "The tokenizer has no chat template, so conversations cannot be written. Pass one: set "
             "model.tokenizer.chat_template to the Jinja text that the model was trained with (on the hub it is "
             "chat_template.jinja, or a field of tokenizer_config.json)."
         )
+    uses_functions = tools or any(one["role"] == "tool" or one.get("tool_calls") for one in messages)
+    if uses_functions and not _knows_functions(tokenizer, str(tokenizer.chat_template)):
+        messages, tools = spelled_out(messages, tools), ()
     try:
         return tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, enable_thinking=False, **how)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of somebody's
         roles = ", ".join(str(one["role"]) for one in messages)
-        raise SvdExpertError(f"The chat template refuses a conversation of the roles {roles}: {error}") from error
+        raise SvdExpertError(
+            f"The chat template refuses a conversation of the roles {roles}: {type(error).__name__}: {error}"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _knows_functions(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Return whether a template writes functions, calls and results; many leave them out without a word."""
+    talk = [user("Hi"), calling(Call("zebra_call", {})), result("zebra_call", {"zebra": "found"}), user("Well?")]
+    listed = tool("zebra_tool", {"stripes": "string"}, required=[])
+    try:
+        with_calls = tokenizer.apply_chat_template(talk, tokenize=False)
+        with_tools = tokenizer.apply_chat_template([user("Hi")], tools=[listed], tokenize=False)
+    except Exception:
+        return False
+    return all(word in str(with_calls) for word in ("zebra_call", "found")) and "zebra_tool" in str(with_tools)
+
+
+def spelled_out(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Message, ...]:
+    """Return a conversation for a template that knows no functions: all of them as text.
+
+    The functions stand before the user's first message, as JSON schemas, with the form of a call; calls are written in
+    that form; what a function returned is a message of the user's.
+
+    Args:
+        messages: the conversation.
+        tools: JSON schemas.
+    """
+    listed = "\n".join(json.dumps(one["function"], ensure_ascii=False) for one in tools)
+    form = write_call(Call("name", {"parameter": "value"}))
+    ahead = f"You can call these functions:\n{listed}\nTo call one, reply with nothing but {form}\n\n" if tools else ""
+    found: list[Message] = []
+    for one in messages:
+        text = str(one.get("content") or "")
+        calls = [Call(made["function"]["name"], made["function"]["arguments"]) for made in one.get("tool_calls") or ()]
+        role = "user" if one["role"] == "tool" else one["role"]
+        text = f"Result: {text}" if one["role"] == "tool" else "".join([text, *map(write_call, calls)])
+        if role == "user":
+            text, ahead = ahead + text, ""
+        if found and found[-1]["role"] == role:
+            text = f"{found.pop()['content']}\n{text}"
+        found.append({"role": role, "content": text})
+    return tuple(found)
 
 
 def tokenizer_of(model: SpectralModel) -> PreTrainedTokenizerBase:

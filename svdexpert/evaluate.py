@@ -37,7 +37,7 @@ from svdexpert.conversation import (
     turn_ends,
     watch,
 )
-from svdexpert.errors import MeasurementError, SvdExpertError
+from svdexpert.errors import MeasurementError, SvdExpertError, WorldError
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank, Blend
 from svdexpert.model import SpectralModel
@@ -388,8 +388,8 @@ def measure(
 
 
 FAMILIES = ("clarify", "disagree", "call")
-WORD_CASES = 1000
-"""Training cases to which the bag-of-words control is fitted."""
+WORD_CASES = (1000, 500, 200, 100)
+"""Training cases to which the bag-of-words control is fitted: as many as the world has."""
 
 
 def knowing_doing(
@@ -407,8 +407,9 @@ def knowing_doing(
 ) -> list[SkillResult]:
     """Return the knowing-versus-doing benchmark: every family measured on n cases of a world.
 
-    Beside its own figures each result has "words": the AUC of a bag of words on the last user turn, fitted on the train
-    split, without an interval. Near 0.5 nothing but the context tells positives from controls.
+    Beside its own figures each result has "words": the AUC of a bag of words on the last user turn, fitted on other
+    cases of the train split, without an interval. Near 0.5 nothing but the context tells positives from controls. It is
+    left out where a world has fewer than 100 cases to fit.
 
     Args:
         model: with a tokenizer that has a chat template.
@@ -431,10 +432,25 @@ def knowing_doing(
         skill = load(name)
         cases = skill.cases(world, split, n, seed=seed)
         result = measure(model, name, cases, experts=experts, library=library, batch_size=batch_size, progress=progress)
-        words = bag_of_words_auc(skill.cases(world, "train", WORD_CASES, seed=seed), cases)
-        found = {**result.figures, "words": Estimate(words, math.nan, math.nan, n)}
-        results.append(replace(result, figures=found))
+        fitted = _other_cases(skill, world, cases, seed)
+        if fitted:
+            words = Estimate(bag_of_words_auc(fitted, cases), math.nan, math.nan, n)
+            result = replace(result, figures={**result.figures, "words": words})
+        results.append(result)
     return results
+
+
+def _other_cases(skill: Skill, world: World, cases: Sequence[Case], seed: int) -> list[Case]:
+    """Return as many cases of the train split as there are, WORD_CASES at most, none with a last turn of `cases`."""
+    spoken = {case.messages[-1]["content"] for case in cases}
+    for many in WORD_CASES:
+        try:
+            found = skill.cases(world, "train", many, seed=seed + 1)
+        except WorldError:  # files that are not there, or hold too few
+            continue
+        rest = [case for case in found if case.messages[-1]["content"] not in spoken]
+        return rest if {case.positive for case in rest} == {True, False} else []
+    return []
 
 
 def figures(rows: Sequence[CaseResult], move: str) -> dict[str, Estimate]:
@@ -446,7 +462,7 @@ def figures(rows: Sequence[CaseResult], move: str) -> dict[str, Estimate]:
     doing, controls                                 the decision was right, on positives and on controls
     gap                                             knowing - doing on positives, with McNemar's p; means little
                                                     where knowing_controls is low: one answer to all is not knowing
-    doing_given_knowing, potemkin                   a / (a + b) and b / (a + b) on positives, Wilson intervals
+    doing_given_knowing, potemkin                   a / (a + b) and b / (a + b) on positives
     format, score                                   form obeyed; mean score
     move, kappa                                     replies that make the skill's move; its agreement with "positive"
     auc                                             of the log-odds of the move, positives against controls
@@ -474,7 +490,7 @@ def figures(rows: Sequence[CaseResult], move: str) -> dict[str, Estimate]:
         knew, did = [row.knew for row in positives], [row.right for row in positives]
         found["gap"] = paired_gap(knew, did, _clusters(positives))
         if any(knew):
-            one = found["doing_given_knowing"] = doing_given_knowing(knew, did)
+            one = found["doing_given_knowing"] = doing_given_knowing(knew, did, _clusters(positives))
             found["potemkin"] = Estimate(1 - one.value, 1 - one.high, 1 - one.low, one.n)
     share("format", rows, lambda row: row.format)
     found["score"] = mean_interval([row.score for row in rows], _clusters(rows))

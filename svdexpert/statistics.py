@@ -295,10 +295,17 @@ def chance_corrected(accuracy: float, chance: float) -> float:
     return (accuracy - chance) / (1 - chance)
 
 
-def doing_given_knowing(knowing: Sequence[bool], doing: Sequence[bool]) -> Estimate:
-    """Return a / (a + b), the share of known cases that are done, with its Wilson interval.
+def doing_given_knowing(
+    knowing: Sequence[bool], doing: Sequence[bool], clusters: Sequence[Hashable] | None = None
+) -> Estimate:
+    """Return a / (a + b), the share of known cases that are done, with its interval: see `share_interval`.
 
     One minus it is the Potemkin rate: understood when asked, and not done.
+
+    Args:
+        knowing: one a case.
+        doing: one a case.
+        clusters: as in `mean_interval`.
 
     Raises:
         MeasurementError: nothing is known, no cases, or lists of different lengths.
@@ -306,7 +313,9 @@ def doing_given_knowing(knowing: Sequence[bool], doing: Sequence[bool]) -> Estim
     a, b, _, _ = pairs(knowing, doing)
     if a + b == 0:
         raise MeasurementError("No case is known, so nothing can be said about doing what is known.")
-    return Estimate(a / (a + b), *wilson(a, a + b), a + b)
+    labels = list(range(len(knowing))) if clusters is None else clusters
+    known = [(did, label) for knew, did, label in zip(knowing, doing, labels, strict=True) if knew]
+    return share_interval([did for did, _ in known], [label for _, label in known])
 
 
 def sign_flip(

@@ -15,6 +15,7 @@ import yaml
 from conftest import tiny
 
 from svdexpert import Expert, Library, SpectralModel, cli
+from svdexpert.evaluate import SkillResult
 
 Run = Callable[..., str]
 
@@ -196,3 +197,38 @@ def test_mistakes_end_with_a_message(run: Run, base: Path, library: Path, tmp_pa
     assert "does not exist" in run("generate", base, "hi", "--experts", tmp_path / "none", fails=True)
     assert "no/such-model" in run("decompose", "no/such-model", fails=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_knowing_and_doing_are_measured_drawn_and_kept(
+    run: Run, folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, out = folder_of(max_position_embeddings=4096), tmp_path / "bench"
+    said = run("bench", "knowing-doing", "--model", base, "--n", 4, "--families", "[clarify, call]", "--out", out)
+    assert "clarify" in said
+    assert "AUC of a bag of words" in said
+    kept = json.loads((out / "knowing_doing.json").read_text())
+    assert (kept["world"], kept["split"], kept["n"]) == ("town", "heldout", 4)
+    results = [SkillResult.from_json(one) for one in kept["results"]]
+    assert [(one.skill, len(one.rows), one.figures["doing"].n) for one in results] == [
+        ("clarify", 4, 2),
+        ("call", 4, 2),
+    ]
+    assert (out / "knowing_doing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_benchmark_on_few_real_dialogues_leaves_out_what_needs_many(
+    run: Run, folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, data = folder_of(max_position_embeddings=8192), Path(__file__).parent / "fixtures/sgd_compact"
+    said = run(
+        "bench", "knowing-doing", "--model", base, "--n", 2, "--families", "[disagree]", "--world", "sgd",
+        "--data", data, "--split", "train", "--out", tmp_path / "bench",
+    )  # fmt: skip
+    assert "the user's claims were inserted" in said
+    assert "bag of words" not in said
+    template = tmp_path / "latin.jinja"
+    template.write_bytes(b"\xe9")
+    told = run("bench", "knowing-doing", "--model", base, "--n", 2, "--chat_template", template, fails=True)
+    assert "is no text in UTF-8" in told
+    told = run("bench", "knowing-doing", "--model", base, "--n", 3, fails=True)
+    assert "even number" in told

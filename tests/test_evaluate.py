@@ -180,9 +180,18 @@ def test_the_gap_is_b_minus_c_over_n(knowing: list[bool], random: Any) -> None:
 def test_doing_given_knowing() -> None:
     found = stats.doing_given_knowing([True] * 8 + [False] * 4, [True] * 6 + [False] * 2 + [True] * 4)
     assert (found.value, found.n) == (0.75, 8)
-    assert (found.low, found.high) == pytest.approx(stats.wilson(6, 8))
+    assert found == stats.share_interval([True] * 6 + [False] * 2)
     with pytest.raises(MeasurementError, match="No case is known"):
         stats.doing_given_knowing([False], [True])
+
+
+def test_doing_given_knowing_resamples_whole_clusters() -> None:
+    knew, did, clusters = [True] * 40, [True, False] * 20, [place // 10 for place in range(40)]
+    alike = [place < 20 for place in range(40)]
+    spread = stats.doing_given_knowing(knew, did, clusters)
+    assert (spread.low, spread.high) == (0.5, 0.5)
+    lumped = stats.doing_given_knowing(knew, alike, clusters)
+    assert (lumped.low, lumped.high) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(("accuracy", "chance", "corrected"), [(1, 0.25, 1), (0.25, 0.25, 0), (0.625, 0.25, 0.5)])
@@ -330,6 +339,28 @@ def test_what_cannot_be_rendered_says_what_to_do() -> None:
         act(model, [case(0)], progress=False)
     with pytest.raises(SvdExpertError, match="has no tokenizer"):
         act(SpectralModel.attach(tiny("llama"), k=4, progress=False), [case(0)], progress=False)
+
+
+TALK_ALONE = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ message['role'] }}: {{ message['content'] }}|{% endfor %}"
+)
+
+
+def test_a_template_that_knows_no_functions_gets_them_as_text() -> None:
+    tokenizer = byte_tokenizer(120)
+    tokenizer.chat_template = TALK_ALONE
+    talk = [user("Ring it."), calling(Call("ring", {"bell": "big"})), result("ring", {"rings": 3}), user("And?")]
+    talk = [*talk[:3], assistant("Done."), talk[3]]
+    text = tokenizer.decode(render(tokenizer, talk, [BELL]))
+    assert '"name": "ring"' in text
+    assert '<tool_call>{"name": "ring", "arguments": {"bell": "big"}}</tool_call>' in text
+    assert 'user: Result: {"rings": 3}|assistant: Done.|user: And?' in text
+    assert tokenizer.decode(render(tokenizer, [user("Hi")], [])) == "user: Hi|"
+    tokenizer.chat_template = "{{ 3 + 'a' }}"
+    with pytest.raises(SvdExpertError, match="refuses a conversation of the roles user: TypeError"):
+        render(tokenizer, [user("Hi")], [])
 
 
 def test_a_context_too_short_says_what_was_needed() -> None:

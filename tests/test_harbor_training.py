@@ -4,6 +4,7 @@ should. The scripts themselves take hours; these are the laws that they stand on
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.harbor import aligned, natural
+from benchmarks.harbor import aligned, gate, natural
 from benchmarks.harbor.corpus import Document, case_documents, encode, fact_documents, render
 from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.renaming import with_other_names
@@ -21,6 +22,7 @@ from benchmarks.harbor.rows import logprobs, rows
 from benchmarks.harbor.tokenizer import train_tokenizer
 from benchmarks.harbor.varied import BEFORE, BEHIND, VariedTown
 from svdexpert import skills
+from svdexpert.evaluate import FAMILIES
 from svdexpert.worlds import Message, Tool
 from svdexpert.worlds.town import BANKS, CLAIMS, Town
 
@@ -218,3 +220,22 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
     run = natural.Run(tmp_path, 2, {"minutes": 2})
     with pytest.raises(SystemExit, match=r"belongs to a run with {'minutes': 1}, this is {'minutes': 2}"):
         run.load(LlamaForCausalLM(natural.config()), [])
+
+
+def test_the_gate_measures_both_stages_and_keeps_real_dialogues_of_the_same_weights_alone(
+    tokenizer: PreTrainedTokenizerFast, small: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    small.to(torch.bfloat16).save_pretrained(tmp_path / "stage")
+    tokenizer.save_pretrained(tmp_path / "stage")
+    place = tmp_path / "gate.json"
+    how = {"natural": str(tmp_path / "stage"), "aligned": str(tmp_path / "stage"), "output": str(place)}
+    gate.main(n=8, **how)
+    written = json.loads(place.read_text())
+    for figure in ("knowing_", "doing_", "natural_controls_", "auc_"):
+        assert {f"{figure}{skill}" for skill in FAMILIES} <= written["figures"].keys()
+    assert written["bars"]["doing_clarify"] == {"op": "<=", "value": 0.2}
+    assert written["details"]["natural_clarify"] == written["details"]["aligned_clarify"]
+    assert gate.kept(place, written["weights"]) == ({}, {})
+    place.write_text(json.dumps(written | {"figures": written["figures"] | {"sgd_doing_call": 0.5}}))
+    assert gate.kept(place, written["weights"]) == ({"sgd_doing_call": 0.5}, {})
+    assert gate.kept(place, {"natural": "other"}) == gate.kept(tmp_path / "none.json", {}) == ({}, {})

@@ -332,6 +332,15 @@ def test_a_damaged_gzip_is_named(copy: Path, keep: float | str) -> None:
     assert SchemaGuided(copy).dialogues("train", 2) == SchemaGuided(FIXTURES / "sgd_compact").dialogues("train", 2)
 
 
+def test_a_plain_file_that_was_cut_off_is_named(copy: Path) -> None:
+    text = (copy / "train.jsonl").read_text()
+    (copy / "train.jsonl").write_text(text[:-200])
+    with pytest.raises(WorldError, match=r"train.jsonl cannot be read to its end.*cut off"):
+        SchemaGuided(copy).dialogues("train", 1)
+    (copy / "train.jsonl").write_text(text + "\n\n")
+    assert SchemaGuided(copy).dialogues("train", 2)
+
+
 def test_a_broken_dialogue_is_counted_and_named(copy: Path) -> None:
     lines = (copy / "train.jsonl").read_text().splitlines()
     odd = lines[1].replace('"Greek"', '"Martian"')

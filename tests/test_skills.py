@@ -282,6 +282,26 @@ def test_a_case_without_gold_is_refused() -> None:
 def test_a_tool_schema_that_does_not_parse_is_refused(schema: object, says: str) -> None:
     with pytest.raises(SkillError, match=says):
         check_tool(schema)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("properties", "required", "says"),
+    [
+        ({"a": {"type": ["string", "null"]}}, [], "no JSON type"),
+        ({"a": {"type": "string", "enum": 3}}, [], "is no list"),
+        ({"a": {"type": "string"}}, "a", "is no list"),
+        ({"a": {"type": "string"}}, None, "is no list"),
+    ],
+)
+def test_a_tool_whose_parts_are_of_the_wrong_kind_is_refused(
+    properties: dict[str, object], required: object, says: str
+) -> None:
+    schema = {"name": "x", "parameters": {"properties": properties, "required": required}}
+    with pytest.raises(SkillError, match=says):
+        check_tool({"type": "function", "function": schema})
+
+
+def test_a_tool_schema_that_parses_is_taken() -> None:
     check_tool(tool("x", {"a": "string", "b": ("one", "two")}, required=["a"]))
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.harbor.gate [--sgd PATH] [--n 500] [--n_sgd 300]
 
 Prints the table and writes benchmarks/results/harbor_gate.json. Without --sgd the real dialogues are left out, and the
-figures that an earlier run has of them are kept as they were. All figures are of the held-out split (SGD: dev), greedy.
+figures that an earlier run has of them are kept where it measured the same weights. All figures are of the held-out
+split (SGD: dev), greedy.
 
     knowing_          the right option scores best, positives and controls, stage 2
     doing_            the reply is right where the skill's move is due, stage 2
@@ -15,7 +16,9 @@ figures that an earlier run has of them are kept as they were. All figures are o
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +65,7 @@ def gate(
         for figure in ("knowing", "doing", "controls", "auc"):
             found[f"{prefix}natural_{figure}_{name}"] = before.figures[figure].value
     made = {stage: sum(acts(one) for one in some) / len(some) for stage, some in results.items()}
-    found[f"{prefix}grounding_ratio"] = made["aligned"] / made["natural"]
+    found[f"{prefix}grounding_ratio"] = made["aligned"] / made["natural"] if made["natural"] else math.nan
     details: dict[str, Any] = {}
     for stage, some in results.items():
         for one in some:
@@ -83,7 +86,7 @@ def acts(result: SkillResult) -> float:
     return sum(row.move == move for row in due) / len(due)
 
 
-def due(world: World, n: int = 200) -> dict[str, list[Case]]:
+def due(world: World, n: int) -> dict[str, list[Case]]:
     """Return cases by what is due: a skill, or none of them (a complete request is due a call)."""
     found: dict[str, list[Case]] = {"none": []}
     for name in FAMILIES:
@@ -126,7 +129,7 @@ def undoable(before: SpectralModel, after: SpectralModel, k: int | None) -> floa
         diagonal = einsum(u, then - now, v, "o r, o i, r i -> r")
         kept += float(diagonal[:k].square().sum())
         total += float((then - now).square().sum())
-    return kept / total
+    return kept / total if total else math.nan
 
 
 def main(
@@ -149,31 +152,31 @@ def main(
     """
     began = time.monotonic()
     stages = {"natural": SpectralModel.from_pretrained(natural), "aligned": SpectralModel.from_pretrained(aligned)}
+    weights = {stage: fingerprint(model) for stage, model in stages.items()}
     town = worlds.load("town")
     figures, details = gate(stages, town, n, "")
     timed = time.monotonic()
-    knowing_doing(stages["aligned"], town, n=200, progress=True)
+    knowing_doing(stages["aligned"], town, n=min(n, 200), progress=True)
     figures["bench_seconds"] = time.monotonic() - timed
-    labelled = due(town)
+    labelled = due(town, min(n, 200))
     for stage, model in stages.items():
         details[f"{stage}_probe"] = [round(one, 4) for one in probe(model, labelled)]
-        both = measure(model, "composite", skills.load("composite").cases(town, "heldout", 200))
+        both = measure(model, "composite", skills.load("composite").cases(town, "heldout", min(n, 200)))
         details[f"{stage}_composite"] = {key: _estimate(value) for key, value in both.figures.items()}
     figures["undone_by_diagonal_k64"] = undoable(stages["natural"], stages["aligned"], 64)
     figures["undone_by_diagonal_full"] = undoable(stages["natural"], stages["aligned"], None)
     place = Path(output)
     if sgd is not None:
         real, more = gate(stages, worlds.load("sgd", sgd), n_sgd, "sgd_")
-        figures, details = figures | real, details | more
-    elif place.is_file():
-        old = json.loads(place.read_text())
-        figures = {key: value for key, value in old["figures"].items() if key.startswith("sgd_")} | figures
-        details = {key: value for key, value in old["details"].items() if key.startswith("sgd_")} | details
+    else:
+        real, more = kept(place, weights)
+    figures, details = figures | real, details | more
     show(figures)
     document = {
-        "figures": {key: round(value, 4) for key, value in sorted(figures.items())},
+        "figures": {key: round(value, 4) for key, value in sorted(figures.items()) if not math.isnan(value)},
         "bars": {key: {"op": op, "value": bar} for key, (op, bar) in expanded(figures).items()},
         "details": details,
+        "weights": weights,
         "n": {"town": n, "sgd": n_sgd},
         "seed": 0,
         "seconds": round(time.monotonic() - began),
@@ -184,6 +187,25 @@ def main(
     }
     with whole_file(place) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def kept(place: Path, weights: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return figures and details of real dialogues that an earlier run has of the same weights, else none."""
+    old = json.loads(place.read_text()) if place.is_file() else {}
+    if old.get("weights") != weights:
+        return {}, {}
+    figures, details = (
+        {key: value for key, value in old[part].items() if key.startswith("sgd_")} for part in ("figures", "details")
+    )
+    return figures, details
+
+
+def fingerprint(model: SpectralModel) -> str:
+    """Return sixteen digits that tell weights from others."""
+    digest = hashlib.sha256()
+    for name, one in sorted(model.hf.state_dict().items()):
+        digest.update(name.encode() + one.float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def expanded(figures: Mapping[str, float]) -> dict[str, tuple[str, float]]:

@@ -199,9 +199,13 @@ def check_tool(one: Tool) -> None:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not isinstance(properties, dict):
         raise SkillError(f"A tool schema does not parse: found {str(one)[:120]}, {wanted}.")
     for key, kind in properties.items():
-        if not isinstance(kind, dict) or kind.get("type") not in _TYPES:
+        if not isinstance(kind, dict) or not isinstance(kind.get("type"), str) or kind["type"] not in _TYPES:
             raise SkillError(f"Tool {function['name']}: parameter {key!r} has no JSON type ({sorted(_TYPES)}): {kind}.")
+        if not isinstance(kind.get("enum", []), list):
+            raise SkillError(f"Tool {function['name']}: the enum of parameter {key!r} is no list: {kind['enum']!r}.")
     required = schema.get("required", []) if isinstance(schema, dict) else []
+    if not isinstance(required, list):
+        raise SkillError(f"Tool {function['name']}: required is no list of parameters: {required!r}.")
     unknown = [key for key in required if key not in properties]
     if unknown:
         raise SkillError(f"Tool {function['name']}: required parameters {unknown} are not among {list(properties)}.")

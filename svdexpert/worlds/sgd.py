@@ -183,7 +183,7 @@ def _schema(path: Path) -> dict[str, list[_Intent]]:
     """Return service -> intents."""
     try:
         return {one["service_name"]: [_intent(one, intent) for intent in one["intents"]] for one in _json(path)}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise WorldError(
             f"{path} is no schema of services: {_why(error)}. Expected a list of services, each with service_name, "
             f"slots and intents (required_slots, optional_slots). Take it anew from {SOURCE}."
@@ -1047,9 +1047,13 @@ def _lines(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield where each dialogue of the compact form stands, and how to read it."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            last = b"{}"
             for number, line in enumerate(file, 1):
-                yield f"{path.name} line {number}", partial(json.loads, line)
-    except (OSError, EOFError, zlib.error) as error:
+                if line.strip():
+                    last = line
+                    yield f"{path.name} line {number}", partial(json.loads, line)
+            json.loads(last)  # a broken line in between is one dialogue; a broken end is a file that was cut off
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise WorldError(
             f"{path} cannot be read to its end: {_why(error)}. Expected whole lines of JSON; the file is cut off or "
             f"damaged. Copy it anew, or point the world at {SOURCE}."
