@@ -81,10 +81,11 @@ def harbor_table(results: dict[str, Any]) -> str:
     ]
     for prefix, world in (("", "town"), ("sgd_", "real dialogues")):
         for skill in ("clarify", "disagree", "call"):
+            inserted = ", claims inserted" if prefix and skill == "disagree" else ""
             pairs = [(f"{prefix}natural_{what}_{skill}", f"{prefix}{what}_{skill}") for what in HARBOR]
             both = [(figures.get(before), figures.get(after)) for before, after in pairs]
             cells = ["" if None in pair else "{:.2f} -> {:.2f}".format(*pair) for pair in both]
-            lines.append(f"| {world}: {skill} | {' | '.join(cells)} |")
+            lines.append(f"| {world}: {skill}{inserted} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

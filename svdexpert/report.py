@@ -197,12 +197,14 @@ def knowing_doing_table(results: Sequence[SkillResult]) -> Group:
         aside.add_column(column, justify="right" if column in ("value", "n") else "left")
     for one in results:
         cells = [str(one.figures[name]) if name in one.figures else "" for name in columns]
-        p = one.p_values.get("sign_flip")
-        cells.insert(4, "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}")
+        cells.insert(4, _p(one.p_values.get("sign_flip")))
         _row(table, one.skill, one.experts, str(len(one.rows)), *cells)
         for name, meaning in _ASIDE.items():
             if name in one.figures:
                 _row(aside, one.skill, one.experts, meaning, str(one.figures[name]), str(one.figures[name].n))
+        if "mcnemar" in one.p_values:
+            many = str(one.figures["gap"].n)
+            _row(aside, one.skill, one.experts, "McNemar's p of the gap", _p(one.p_values["mcnemar"]), many)
     notes = [
         "knowing, doing and gap on positives; where knowing fails on controls (one answer to all), the gap is void",
         "p of the gap by flipping the signs of whole clusters; AUC of the move's log-odds; kappa of the move where due",
@@ -214,6 +216,10 @@ def knowing_doing_table(results: Sequence[SkillResult]) -> Group:
         if one.dropped:
             notes.append(f"{one.skill} ({one.experts}): {one.dropped} turns did not fit the context and were left out")
     return Group(_titled(_measured(results), table), aside, *map(Text, notes))
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def draw_knowing_doing(results: Sequence[SkillResult], path: Path) -> None:
