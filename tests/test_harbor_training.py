@@ -19,12 +19,13 @@ from benchmarks.harbor.corpus import Document, case_documents, encode, fact_docu
 from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.renaming import with_other_names
 from benchmarks.harbor.rows import logprobs, rows
+from benchmarks.harbor.services import services
 from benchmarks.harbor.tokenizer import train_tokenizer
 from benchmarks.harbor.varied import BEFORE, BEHIND, VariedTown
 from svdexpert import skills
 from svdexpert.evaluate import FAMILIES
 from svdexpert.worlds import Message, Tool
-from svdexpert.worlds.town import BANKS, CLAIMS, Town
+from svdexpert.worlds.town import BANKS, CLAIMS, FIELDS, KITS, Town
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,22 @@ def test_no_phrase_of_another_split_is_in_the_phrases_of_training(split: str) ->
     for ours in {plain(one) for one in (*BEFORE, *BEHIND)}:
         if " " in ours:
             assert not [one for one in theirs if re.search(rf"\b{ours}\b", one)], ours
+
+
+def test_services_are_no_functions_of_other_splits() -> None:
+    theirs = [kit for kit in KITS.values() if kit.split != "train"]
+    known = {name for kit in KITS.values() if kit.split == "train" for name in kit.params}
+    rare = {name for kit in theirs for name in kit.params} - known
+    asked_for = {phrase for kit in theirs for phrase in kit.cores.all}
+    for kit in services().values():
+        assert kit.name not in KITS
+        assert not rare & kit.params.keys()
+        assert not asked_for & set(kit.phrases("train"))
+        assert kit.phrases("train") == kit.cores.all
+        assert set(kit.fields) <= FIELDS.keys()
+        for one, other in itertools.combinations(kit.params.values(), 2):
+            if one.kind == other.kind:
+                assert not set(one.inline) & set(other.inline), (kit.name, one.name, other.name)
 
 
 def test_the_varied_town_has_the_other_splits_as_they_are(town: VariedTown) -> None:

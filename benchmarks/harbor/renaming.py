@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from benchmarks.harbor.orders import renamed, town_dice
 from benchmarks.harbor.words import WORDS, name, noun
 from svdexpert.worlds import Message, Tool
-from svdexpert.worlds.town import KITS, MADE_UP
+from svdexpert.worlds.town import MADE_UP
 
 SHARE = 0.8  # of the functions of a conversation
 
@@ -29,14 +29,15 @@ def with_other_names(
     in the text as well, or the noun alone where a number follows it.
     """
     dice = town_dice(rng)
+    kits = {kit.name: kit for kit in dice.kits()}
     text = json.dumps([messages, tools], ensure_ascii=False)
     described: dict[str, str] = {}
     for tool in tools:
         known = tool["function"]["name"]
         if rng.random() > SHARE:
             continue
-        if known in KITS:
-            kit = renamed(dice, KITS[known])
+        if known in kits:
+            kit = renamed(dice, kits[known])
             other, changes = kit.name, {}
             described[other] = kit.description
         else:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from benchmarks.harbor.services import services
 from benchmarks.harbor.words import COMMON, WORDS, name
 from svdexpert.worlds import Split
-from svdexpert.worlds.town import Dice, Town
+from svdexpert.worlds.town import Dice, Kit, Town
 
 SHARE = 0.4  # of the phrases that a user's turn is put together of
 
@@ -56,6 +57,10 @@ class VariedDice(Dice):
     def lines(self, bank: str, number: int) -> list[str]:
         """Return different phrases of a bank, or ones like them."""
         return [_made(self.rng, bank) if self.chance(SHARE) else line for line in super().lines(bank, number)]
+
+    def kits(self) -> list[Kit]:
+        """Return the town's functions, each three times, and those of `services`."""
+        return [*(3 * super().kits()), *services().values()]
 
     def claim(self, form: str) -> str:
         """Return a frame of a claim, or one like those of its form."""

@@ -470,9 +470,13 @@ class Dice:
             texts += {value.text, str(value.argument)}
         return values
 
+    def kits(self) -> list[Kit]:
+        """Return the functions that the split may list."""
+        return [kit for kit in KITS.values() if kit.split in ("train", self.split)]
+
     def kit(self, fits_it: Callable[[Kit], bool] = lambda kit: True) -> Kit:
         """Return a function: in train one in four is made up, in the other splits half are train's."""
-        listed = [kit for kit in KITS.values() if fits_it(kit)]
+        listed = [kit for kit in self.kits() if fits_it(kit)]
         own = [kit for kit in listed if kit.split == self.split]
         if self.split == "train":
             made = made_up(self)
@@ -487,11 +491,11 @@ def made_up(dice: Dice, words: Mapping[str, Words] = MADE_UP) -> Kit:
     verb, noun = dice.pick(words["verbs"]), dice.pick(words["nouns"])
     number = rng.choice((3, 3, 4, 4, 5))
     needed = max(2, number - rng.choice((0, 1, 1, 2)))
-    known = [name for kit in KITS.values() if kit.split == "train" for name in kit.params]
+    known = [param for kit in dice.kits() if kit.split == "train" for param in kit.params.values()]
     params: dict[str, Param] = {}
     while len(params) < number:
         if dice.chance(0.8):
-            one = PARAMS[dice.pick(known)]
+            one = dice.pick(known)
             if one.kind.split()[-1] in {other.kind.split()[-1] for other in params.values()} - {"count"}:
                 continue  # two at once could not be told apart: "at", "for"
         else:
@@ -536,7 +540,7 @@ def offer(dice: Dice, kits: Sequence[Kit], *, without: str = "", similar: Kit | 
     chosen = {kit.name: kit for kit in kits}
     number = max(dice.rng.choice((2, 3, 3, 4, 4, 5)), len(chosen))
     inventive = 0.6 if any(kit.made_up for kit in (*kits, *([similar] if similar else []))) else 0.15
-    pool = [kit for kit in KITS.values() if kit.split in ("train", dice.split) and kit.name != without]
+    pool = [kit for kit in dice.kits() if kit.name != without]
     if similar is not None and dice.chance(0.7):
         near = [kit for kit in pool if len(set(kit.params) & set(similar.params)) >= 2]
         if near:
@@ -1070,7 +1074,7 @@ def _settled_here(dice: Dice, *, early: bool) -> Setting:
     kit = dice.kit()
     name = dice.pick(kit.fields)
     kind = FIELDS[name].kind
-    listed = [one for one in KITS.values() if one.split in ("train", dice.split)]
+    listed = dice.kits()
     rivals = [one for one in listed if one.thing != kit.thing and name in one.fields]
     decoy = bool(rivals) and dice.chance(0.3)
     truth = dice.fresh(kind)
