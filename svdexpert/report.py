@@ -172,6 +172,8 @@ def _skipped(skipped: Mapping[str, str]) -> str:
 
 _COLOURS = {"knowing": "#0072B2", "doing": "#E69F00", "controls": "#999999"}  # Okabe and Ito, told apart by all eyes
 _ASIDE = {
+    "auc": "AUC of the move's log-odds",
+    "kappa": "kappa of the move where due",
     "knowing_controls": "knowing, on controls",
     "knowing_corrected": "knowing, chance-corrected",
     "knowing_exact": "knowing, written",
@@ -188,26 +190,27 @@ _ASIDE = {
 
 def knowing_doing_table(results: Sequence[SkillResult]) -> Group:
     """Return a line a result: knowing, doing, controls and their gap with 95 % intervals; below, what else is known."""
-    table = Table()
-    columns = ("knowing_positives", "doing", "controls", "gap", "auc", "kappa")
-    for column in ("skill", "experts", "n", "knowing", "doing", "controls", "gap", "p", "AUC", "kappa"):
-        table.add_column(column, justify="left" if column in ("skill", "experts") else "right")
-    aside = Table()
-    for column in ("skill", "experts", "figure", "value", "n"):
+    several = len({one.experts for one in results}) > 1  # else the title says which
+    labels = ("skill", "experts") if several else ("skill",)
+    table, aside = Table(), Table()
+    for column in (*labels, "n", "knowing", "doing", "controls", "gap", "p"):
+        table.add_column(column, justify="left" if column in labels else "right")
+    for column in (*labels, "figure", "value", "n"):
         aside.add_column(column, justify="right" if column in ("value", "n") else "left")
     for one in results:
-        cells = [str(one.figures[name]) if name in one.figures else "" for name in columns]
-        cells.insert(4, _p(one.p_values.get("sign_flip")))
-        _row(table, one.skill, one.experts, str(len(one.rows)), *cells)
+        label = (one.skill, one.experts) if several else (one.skill,)
+        main = ("knowing_positives", "doing", "controls", "gap")
+        cells = [str(one.figures[name]).replace(" [", "\n[") if name in one.figures else "" for name in main]
+        _row(table, *label, str(len(one.rows)), *cells, _p(one.p_values.get("sign_flip")))
         for name, meaning in _ASIDE.items():
             if name in one.figures:
-                _row(aside, one.skill, one.experts, meaning, str(one.figures[name]), str(one.figures[name].n))
+                _row(aside, *label, meaning, str(one.figures[name]), str(one.figures[name].n))
         if "mcnemar" in one.p_values:
             many = str(one.figures["gap"].n)
-            _row(aside, one.skill, one.experts, "McNemar's p of the gap", _p(one.p_values["mcnemar"]), many)
+            _row(aside, *label, "McNemar's p of the gap", _p(one.p_values["mcnemar"]), many)
     notes = [
         "knowing, doing and gap on positives; where knowing fails on controls (one answer to all), the gap is void",
-        "p of the gap by flipping the signs of whole clusters; AUC of the move's log-odds; kappa of the move where due",
+        "intervals of 95 %; p of the gap by flipping the signs of whole clusters",
     ]
     for one in results:
         if one.errors:
