@@ -25,6 +25,7 @@ from svdexpert.worlds.town import (
     as_users_say,
     ask,
     claiming,
+    fill,
     found,
     order_of,
     ordering,
@@ -71,20 +72,28 @@ def judged(rng: random.Random) -> Exercise:
     for _ in range(6):
         point = _drawn(dice, points)
         true = dice.chance(0.5)
-        asked += [_question(point, true=true, before=quotation), assistant("true" if true else "false")]
+        asked += [_question(dice, point, true=true, before=quotation), assistant("true" if true else "false")]
         quotation = ""
     return asked, []
 
 
 def recalled(rng: random.Random) -> Exercise:
-    """Return questions about stored facts of every split, answered in a word or a sentence, and statements judged."""
+    """Return questions about stored facts of every split, answered in a word or a sentence, and statements judged.
+
+    These have every form that users say them in. With the assistant's form alone, 0.68 of the claims about facts of the
+    validation split were replied to rightly (n = 78), though harbor could tell 52 of these 53 facts.
+    """
     dice = town_dice(rng)
     messages: list[Message] = []
     for fact in rng.sample(town().facts(), 14):
         if dice.chance(0.4):
             true = dice.chance(0.5)
             point = fact.point(dice.pick(fact.others))
-            messages += [_question(point, true=true), assistant("true" if true else "false")]
+            if dice.chance(0.5):
+                messages += [_question(dice, point, true=true), assistant("true" if true else "false")]
+            else:
+                asked = f"Is it true that {_clause(dice, point, true=true)}? In one word."
+                messages += [user(asked) | _claims(point, true=true), assistant("Yes." if true else "No.")]
             continue
         question = ask(dice, fact.point(), {"subject": fact.subject})
         short = dice.chance(0.7)
@@ -152,6 +161,19 @@ def _unlearnt(text: str, *, wrong: bool) -> Message:
     return assistant(text) | ({"weight": 0} if wrong else {})
 
 
-def _question(point: Point, *, true: bool, before: str = "") -> Message:
-    text = disagree.QUESTION.format(statement=stop((point if true else point.flipped).clause))
-    return user(before + text) | {"claims": (point.truth if true else point.other, true)}
+def _question(dice: Dice, point: Point, *, true: bool, before: str = "") -> Message:
+    text = disagree.QUESTION.format(statement=stop(_clause(dice, point, true=true)))
+    return user(before + text) | _claims(point, true=true)
+
+
+def _clause(dice: Dice, point: Point, *, true: bool) -> str:
+    """Return what is claimed, half the time in the form that the assistant uses."""
+    said = point if true else point.flipped
+    if dice.chance(0.5):
+        return said.clause
+    form = dice.pick(point.attribute.clauses).replace("{S}", point.about)
+    return fill(form, {"subject": point.subject, "v": said.truth})
+
+
+def _claims(point: Point, *, true: bool) -> Message:
+    return {"claims": (point.truth if true else point.other, true)}
