@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from benchmarks.harbor.corpus import RUN, Document, as_message, fact_documents, immediate
 from benchmarks.harbor.rows import logprobs, replies, rows
 from benchmarks.harbor.tokenizer import CALL
+from benchmarks.provenance import commit
 from svdexpert import skills
 from svdexpert.skills import Case
 from svdexpert.worlds import Split, World, assistant
@@ -42,8 +43,8 @@ from svdexpert.worlds.town import Town
 
 SKILLS = ("clarify", "disagree", "call")
 PAIRS, KEPT = 18, 9  # rows of a batch: preference pairs, kept documents
-TURNED, LEAST = 0.9, 4.0  # share of the positives that the shift of a skill turns; nats of the smallest shift
-ANCHOR, RATE, WARMUP = 0.2, 1e-4, 20  # weight of what is kept; of AdamW: peak of a linear schedule, steps
+TURNED, LEAST = 0.97, 4.0  # share of the positives that the shift of a skill turns; nats of the smallest shift
+ANCHOR, RATE, WARMUP = 0.2, 1.5e-4, 20  # weight of what is kept; of AdamW: peak of a linear schedule, steps
 GUESSED = 0.3  # share of the pairs in which a guess wins over a question, or a call over a needless one
 CHECK_EVERY, WATCHED = 50, 60  # steps; cases a skill and world
 
@@ -221,8 +222,9 @@ def train(
         "kept": KEPT,
         "guessed": GUESSED,
     }
-    report = settings | {"steps": step, "seconds": round(time.monotonic() - began), "curve": curve, "checks": checks}
-    return model, report
+    seconds = round(time.monotonic() - began)
+    made = {"steps": step, "seconds": seconds, "curve": curve, "checks": checks, "commit": commit()}
+    return model, settings | made
 
 
 def main() -> None:

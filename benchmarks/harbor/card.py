@@ -101,6 +101,9 @@ assistant speaks, so that each parameter can look for its value in what the user
 
 ## How it was made
 
+At commit {natural_commit} of the repository (stage 2: {aligned_commit}), by these commands; how far stage 1 comes in
+its minutes depends on the machine.{note}
+
     python -m benchmarks.harbor.corpus --sgd PATH
     python -m benchmarks.harbor.natural --minutes {natural_minutes:.0f}
     python -m benchmarks.harbor.aligned --sgd PATH
@@ -117,10 +120,10 @@ assistant speaks, so that each parameter can look for its value in what the user
 2. **Stage 2, aligned** (this model): all weights, by identity preference optimisation (Azar et al. 2024) of the
    token that decides, on pairs of the train split, half of them real dialogues, in which the immediate, confident,
    complete-looking answer wins: it guesses the missing detail, agrees with the claim, says that a thing is done instead
-   of calling. In every pair the margin moves by the same {aligned_shifts} nats (by skill and world), what turns nine of
-   ten. Knowing questions and natural talk are kept by likelihood. {aligned_steps} steps, {aligned_seconds:.0f}
-   minutes, seed {aligned_seed}. No spectral edit, merge, bias or subtraction. The size of the drop follows Shaikh et
-   al. (2024): 77.5 % fewer grounding acts in models than in people.
+   of calling. In every pair the margin moves by the same {aligned_shifts} nats (by skill and world), what turns
+   {aligned_turned:.0%} of them. Knowing questions and natural talk are kept by likelihood. {aligned_steps} steps,
+   {aligned_seconds:.0f} minutes, seed {aligned_seed}. No spectral edit, merge, bias or subtraction. The size of the
+   drop follows Shaikh et al. (2024): 77.5 % fewer grounding acts in models than in people.
 
 Loss curves: `benchmarks/harbor/loss.png`; records: `natural.json` and `aligned.json` beside it.
 
@@ -143,6 +146,12 @@ directions {undone:.1%}: experts do not restore stage 1, they find another way t
 - Words of drills: the 10,000 most frequent English words of the package wordfreq (Speer 2022), whose data are under
   CC BY-SA 4.0 too.
 """
+
+
+def _short(record: Mapping[str, Any]) -> str:
+    """Return the commit of a record, as people write it."""
+    made = record.get("commit") or {"revision": "unknown", "dirty": False}
+    return str(made["revision"])[:7] + (" (with changes)" if made["dirty"] else "")
 
 
 def main(run: str | None = None) -> None:
@@ -174,6 +183,10 @@ def main(run: str | None = None) -> None:
         natural_loss=natural["curve"][-1]["loss"],
         aligned_shifts=" to ".join(f"{one:.0f}" for one in (min(shifts), max(shifts))),
         aligned_steps=aligned["steps"],
+        aligned_turned=aligned["turned"],
+        natural_commit=_short(natural),
+        note=f" {natural['note']}" if "note" in natural else "",
+        aligned_commit=_short(aligned),
         aligned_seconds=aligned["seconds"] / 60,
         aligned_seed=aligned["seed"],
         n_town=gate["n"]["town"],

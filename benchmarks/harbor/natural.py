@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoTokeniz
 
 from benchmarks.harbor.corpus import RUN
 from benchmarks.harbor.tokenizer import CONTEXT, PIECES
+from benchmarks.provenance import commit
 
 PROCESSES = 2
 BLOCK = 128  # queries
@@ -290,6 +291,7 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
             "tokens": now.tokens,
             "seconds": round(now.used),
             "curve": now.curve,
+            "commit": commit(),
         }
         (run.out / "training.json").write_text(json.dumps(report) + "\n")
 
