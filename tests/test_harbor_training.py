@@ -43,7 +43,8 @@ def documents(town: VariedTown) -> list[Document]:
 
 @pytest.fixture(scope="module")
 def tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
-    return train_tokenizer(message.get("content") or "" for one in documents for message in one.messages)
+    texts = [message.get("content") or "" for one in documents for message in one.messages]
+    return train_tokenizer([*texts, *["a table for two"] * 200])
 
 
 @pytest.fixture
