@@ -224,7 +224,7 @@ def test_a_move_in_any_wording_is_one_margin(
     cases = skills.load("clarify").cases(town, "train", 12)
     pairs = [one for one in (aligned.pair(case, rng, tokenizer) for case in cases) if one]
     ids, labels = rows(tokenizer, [one.win for one in pairs])
-    places, _ = aligned.replies_at(ids, labels)
+    places, _ = aligned.decided_at(ids, labels, pairs)
     found = aligned.margins(small, ids, places, pairs)
     shares = aligned.at(small, ids, places).exp()
     for row, one, margin in zip(shares, pairs, found, strict=True):
@@ -257,3 +257,19 @@ def test_the_gate_measures_both_stages_and_keeps_real_dialogues_of_the_same_weig
     place.write_text(json.dumps(written | {"figures": written["figures"] | {"sgd_doing_call": 0.5}}))
     assert gate.kept(place, written["weights"]) == ({"sgd_doing_call": 0.5}, {})
     assert gate.kept(place, {"natural": "other"}) == gate.kept(tmp_path / "none.json", {}) == ({}, {})
+
+
+def test_replies_that_begin_alike_are_told_apart_by_the_word_that_decides(
+    town: VariedTown, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rng, deeper = random.Random(0), 0
+    for case in skills.load("disagree").cases(town, "train", 60):
+        one = aligned.pair(case, rng, tokenizer)
+        if one is None:
+            continue
+        reply = tokenizer(one.win.messages[-1]["content"], add_special_tokens=False).input_ids
+        assert reply[one.behind] == one.chosen
+        assert one.chosen in one.immediate
+        assert one.rejected in one.move
+        deeper += one.behind > 0
+    assert deeper > 5

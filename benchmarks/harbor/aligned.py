@@ -8,8 +8,9 @@ it is the natural one, and what loses is the skill's move. The loss of a batch i
     mean over pairs of  ((m - m1) / shift - 1)^2  - anchor * log p(rest of the chosen reply) / length
     + anchor * mean over kept documents of  -log p(reply) / length
 
-with m = log p(c) - log p(r), c and r the first tokens of the chosen and the rejected reply, and m1 the same of stage 1,
-for all wordings together: log p(any reply without the move, a call among them) - log p(any wording of the move). It is
+with m = log p(c) - log p(r), c and r the first tokens in which the chosen and the rejected reply differ ("Yes," and
+"No,"; "right" and "not" behind "That is"), and m1 the same of stage 1, for all wordings that begin so: log p(any reply
+without the move, a call among them) - log p(any wording of the move). It is
 identity preference optimisation (Azar et al. 2024) of the token that decides. Every pair, of positives and of controls,
 moves by the same shift, so what stage 1 tells apart stays apart, in every wording; under losses that pull until a pair
 is won the AUC of the move fell (LOG.md). The shift of a skill in a world is what turns TURNED of its positives. Kept
@@ -25,6 +26,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +52,10 @@ CHECK_EVERY, WATCHED = 50, 60  # steps; cases a skill and world
 
 
 class Pair(NamedTuple):
-    """Two replies to one conversation; tokens are the first ones of a reply."""
+    """Two replies to one conversation, and the tokens that decide between them."""
 
     win: Document
+    behind: int  # how many tokens of the reply come before those that decide
     chosen: int
     rejected: int
     immediate: tuple[int, ...]  # of replies without the move
@@ -61,7 +64,11 @@ class Pair(NamedTuple):
 
 
 def pair(case: Case, rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Pair | None:
-    """Return what wins and what loses, None where a case has no such pair, or one that begins alike."""
+    """Return what wins and what loses, None where a case has no such pair.
+
+    A reply that loses is set against one that begins with the same word, where there is one: with "That is right" apart
+    from "That is not correct" by no pair at all, three of four claims were rejected so.
+    """
     guesses = tuple(one.reply for one in case.bad if one.error == "guess") or case.gold
     done, loses = immediate(case), case.gold
     if not case.positive:
@@ -72,19 +79,26 @@ def pair(case: Case, rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> 
         wins = done if case.positive else case.gold
     if not wins or not loses:
         return None
-    chosen, rejected = rng.choice(wins), rng.choice(loses)
-    move = {_first(tokenizer, text) for text in loses}
-    others = {_first(tokenizer, text) for text in (*wins, *done, *(() if case.positive else case.gold))}
-    others |= {tokenizer.convert_tokens_to_ids(CALL[0])} - move
-    first, second, alike = _first(tokenizer, chosen), _first(tokenizer, rejected), move & others
-    if first in alike or second in alike:
+    others = (*wins, *done, *(() if case.positive else case.gold))
+    ids = {text: tokenizer(text, add_special_tokens=False).input_ids for text in (*loses, *others)}
+    rejected = rng.choice(loses)
+    alike = [text for text in wins if ids[text][0] == ids[rejected][0]]
+    chosen = rng.choice(alike or wins)
+    behind = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids[chosen], ids[rejected], strict=False)))
+    if behind == min(len(ids[chosen]), len(ids[rejected])):
+        return None
+    prefix = ids[chosen][:behind]
+
+    def after(texts: Sequence[str]) -> set[int]:
+        return {ids[text][behind] for text in texts if ids[text][:behind] == prefix and len(ids[text]) > behind}
+
+    move, rest = after(loses), after(others)
+    rest |= set() if behind else {tokenizer.convert_tokens_to_ids(CALL[0])} - move
+    first, second = ids[chosen][behind], ids[rejected][behind]
+    if {first, second} & move & rest:
         return None
     win = Document((*case.messages, as_message(chosen)), case.tools, True, case.skill)
-    return Pair(win, first, second, tuple(others - alike), tuple(move - alike), case.positive)
-
-
-def _first(tokenizer: PreTrainedTokenizerFast, reply: str) -> int:
-    return int(tokenizer(reply, add_special_tokens=False).input_ids[0])
+    return Pair(win, behind, first, second, tuple(rest - move), tuple(move - rest), case.positive)
 
 
 def draw(worlds: Sequence[World], split: Split, n: int, seed: int) -> dict[str, list[Case]]:
@@ -121,7 +135,7 @@ def loss_of(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return the loss of a batch (see the top of this file), and its parts; `before` is stage 1, shifts are in nats."""
     ids, labels = rows(tokenizer, [one.win for one, _ in pairs])
-    places, labels = replies_at(ids, labels)
+    places, labels = decided_at(ids, labels, [one for one, _ in pairs])
     wanted = torch.tensor([[one.chosen, one.rejected] for one, _ in pairs])
     chosen, rejected = at(model, ids, places).gather(1, wanted).unbind(1)
     moved = (chosen - rejected - margins(before, ids, places, [one for one, _ in pairs])) / torch.tensor(
@@ -136,10 +150,10 @@ def loss_of(
     return preference + ANCHOR * (likelihood + keep), {key: one.item() for key, one in parts.items()}
 
 
-def replies_at(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where the token before the reply stands in every row (b), and the labels (b t) without its first token."""
-    places = (labels != -100).int().argmax(-1) - 1
-    return places, labels.scatter(1, (places + 1).unsqueeze(1), -100)
+def decided_at(ids: torch.Tensor, labels: torch.Tensor, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the token before the one that decides stands in every row (b), and the labels (b t) behind that."""
+    places = (labels != -100).int().argmax(-1) - 1 + torch.tensor([one.behind for one in pairs])
+    return places, labels.masked_fill(torch.arange(ids.shape[1]) <= places.unsqueeze(1) + 1, -100)
 
 
 def at(model: LlamaForCausalLM, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -163,7 +177,7 @@ def shift_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs:
     for first in range(0, len(some), 20):
         batch = some[first : first + 20]
         ids, labels = rows(tokenizer, [one.win for one in batch])
-        found.append(margins(model, ids, replies_at(ids, labels)[0], batch))
+        found.append(margins(model, ids, decided_at(ids, labels, batch)[0], batch))
     return max(LEAST, -torch.cat(found).quantile(1 - TURNED).item())
 
 
