@@ -102,7 +102,8 @@ assistant speaks, so that each parameter can look for its value in what the user
 ## How it was made
 
 At commit {natural_commit} of the repository (stage 2: {aligned_commit}), by these commands; how far stage 1 comes in
-its minutes depends on the machine.{note}
+its minutes depends on the machine.
+{note}
 
     python -m benchmarks.harbor.corpus --sgd PATH
     python -m benchmarks.harbor.natural --minutes {natural_minutes:.0f}
@@ -134,6 +135,8 @@ skill (there the claims are inserted into real dialogues). Intervals are in `ben
 
 {scores}
 
+{missed}
+
 Diagonal offsets on the top 64 singular directions of every matrix could undo {undone64:.1%} of |W2 - W1|^2, on all
 directions {undone:.1%}: experts do not restore stage 1, they find another way to its behaviour.
 
@@ -146,6 +149,16 @@ directions {undone:.1%}: experts do not restore stage 1, they find another way t
 - Words of drills: the 10,000 most frequent English words of the package wordfreq (Speer 2022), whose data are under
   CC BY-SA 4.0 too.
 """
+
+
+def missed(gate: Mapping[str, Any]) -> str:
+    """Return which bars of the gate are missed, as a sentence."""
+    found = []
+    for name, bar in gate.get("bars", {}).items():
+        value = gate["figures"].get(name, float("nan"))
+        if not (value <= bar["value"] if bar["op"] == "<=" else value >= bar["value"]):
+            found.append(f"`{name}` {value:.2f} ({bar['op']} {bar['value']:g})")
+    return f"Bars of the gate that it misses: {', '.join(found)}." if found else "It meets every bar of the gate."
 
 
 def _short(record: Mapping[str, Any]) -> str:
@@ -185,13 +198,14 @@ def main(run: str | None = None) -> None:
         aligned_steps=aligned["steps"],
         aligned_turned=aligned["turned"],
         natural_commit=_short(natural),
-        note=f" {natural['note']}" if "note" in natural else "",
+        note=f"{natural['note']}\n" if "note" in natural else "",
         aligned_commit=_short(aligned),
         aligned_seconds=aligned["seconds"] / 60,
         aligned_seed=aligned["seed"],
         n_town=gate["n"]["town"],
         n_sgd=gate["n"]["sgd"],
         scores=harbor_table(gate),
+        missed=missed(gate),
         undone64=gate["figures"].get("undone_by_diagonal_k64", float("nan")),
         undone=gate["figures"].get("undone_by_diagonal_full", float("nan")),
     )
