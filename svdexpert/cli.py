@@ -257,7 +257,7 @@ def knowing_doing(
     """Measure what a model knows beside what it does, with controls and intervals; print it, draw it, keep it as JSON.
 
     Args:
-        model: hub id or local folder; "harbor" is the embedded base, where the version has one.
+        model: hub id or local folder; "harbor" is the embedded base.
         world: generated cases, or real dialogues (needs --data).
         data: folder of the Schema-Guided Dialogue data, e.g. a clone of its public repository.
         families: names of skills, or import paths of one's own.
@@ -319,10 +319,10 @@ def knowing_doing(
 
 
 def demo(folder: str = "runs/demo") -> None:
-    """Run the whole path on a small random model: decompose, mix in one batch, export, reload.
+    """Run the whole path on harbor: the gap between knowing and doing, mixtures in one batch, export, reload.
 
     Args:
-        folder: where the model, the experts and the exports are written; those of an earlier demo are replaced.
+        folder: where the picture, the experts and the exports are written; those of an earlier demo are replaced.
     """
     from svdexpert.demo import run
 

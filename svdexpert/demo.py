@@ -1,11 +1,13 @@
 """The smallest true run, end to end, as plain calls of the public API; read it as the tutorial.
 
-A small random model stands in for yours, and random experts for trained ones: what it shows is the machinery, that
-every row of a batch can have its own mixture, at what cost, and that a mixture leaves the library exactly.
+harbor, the base that ships inside the package, knows when to ask, to disagree and to call, and does not do it: that gap
+is shown first, then measured. After it comes what is there to close it: experts, another mixture of them in every row
+of a batch, at what cost, and the ways in which a mixture leaves the library.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -14,33 +16,49 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM
 
-from svdexpert import Expert, Library, Mixture, SpectralModel, check_lora, export_lora, merge
+from svdexpert import Expert, Library, Mixture, SpectralModel, check_lora, export_lora, merge, skills, worlds
+from svdexpert.evaluate import FAMILIES, act, answer_knowing, knowing_doing
+from svdexpert.report import draw_knowing_doing, knowing_doing_table
+
+N = 80  # cases a skill
 
 
 def run(folder: Path) -> None:
-    """Decompose, mix in one batch, export, reload; print what was found."""
+    """Show and measure the gap, then mix, export and reload; print what was found."""
     say = Console().print
-    small_model(folder / "base")
+    folder.mkdir(parents=True, exist_ok=True)
 
-    # 1. Any causal LM: load it, decompose it (once: the factors are cached), attach the basis.
-    model = SpectralModel.from_pretrained(folder / "base", k=64)
+    # 1. Any causal LM with a chat template: load it, decompose it (once: the factors are cached), attach the basis.
+    model = SpectralModel.from_pretrained("harbor", k=64, dtype=torch.float32)
     say(f"[bold]1.[/] {model.basis!r}")
 
-    # 2. Experts are vectors with algebra, kept in a folder.
-    library = Library(folder / "experts")
-    for seed, name in enumerate(("clarify", "disagree", "call")):
-        library.add(name, Expert.random(model.basis, std=0.3, seed=seed), overwrite=True)
-    say(f"[bold]2.[/] {library!r}: {sum(model.basis.sizes)} numbers each")
+    # 2. One case of each skill: asked apart, the model knows what is due; in the conversation it does something else.
+    town = worlds.load("town")
+    for name in FAMILIES:
+        say(gap(model, [one for one in skills.load(name).cases(town, "heldout", 24) if one.positive]))
 
-    # 3. Another mixture in every row of one batch.
+    # 3. The same, measured: knowing, doing, and controls, in which the skill's move would be wrong.
+    results = knowing_doing(model, town, n=N, progress=False)
+    say(knowing_doing_table(results))
+    picture = folder / "knowing_doing.png"
+    draw_knowing_doing(results, picture)
+    say(f"   drawn in {picture}; `svdexpert bench knowing-doing` takes any model and more cases")
+
+    # 4. Experts are vectors with algebra, kept in a folder. These are random: no training here yet.
+    shutil.rmtree(folder / "experts", ignore_errors=True)  # of an earlier demo, which may have had other weights
+    library = Library(folder / "experts")
+    for seed, name in enumerate(FAMILIES):
+        library.add(name, Expert.random(model.basis, std=0.1, seed=seed), overwrite=True)
+    say(f"[bold]4.[/] {library!r}: {sum(model.basis.sizes)} numbers each")
+
+    # 5. Another mixture in every row of one batch.
     mixtures = [{}, {"clarify": 1.0}, {"clarify": 0.7, "disagree": 0.3}, {"call": 2.0}]
-    prompts = ["Book a table for two."] * len(mixtures)
-    together = model.generate(prompts, mixtures, library=library, max_new_tokens=24, do_sample=False)
-    apart = [model.generate(prompts[0], m, library=library, max_new_tokens=24, do_sample=False)[0] for m in mixtures]
-    table = Table(title="3. one batch, four mixtures (random weights, so the text is noise)")
+    prompts = ["What a fine day it is."] * len(mixtures)
+    together = model.generate(prompts, mixtures, library=library, max_new_tokens=12, do_sample=False)
+    apart = [model.generate(prompts[0], m, library=library, max_new_tokens=12, do_sample=False)[0] for m in mixtures]
+    table = Table(title="5. one batch, four mixtures (random experts, so their text is noise)")
     for column in ("mixture", "reply", "same as alone"):
         table.add_column(column)
     for mixture, reply, alone in zip(mixtures, together, apart, strict=True):
@@ -48,26 +66,25 @@ def run(folder: Path) -> None:
         table.add_row(*map(Text, cells))
     say(table)
 
-    # 4. What it costs, beside the bare base.
+    # 6. What it costs, beside the bare base.
     ids = torch.randint(3, 90, (16, 64))
-    bank = model.bank(library)
-    ratio = overhead(model, ids, bank.mix(torch.rand(16, 3)))
-    say(f"[bold]4.[/] 16 rows with 16 mixtures: a forward pass takes {ratio:.2f} times the base's")
+    ratio = overhead(model, ids, model.bank(library).mix(torch.rand(16, 3)))
+    say(f"[bold]6.[/] 16 rows with 16 mixtures: a forward pass takes {ratio:.2f} times the base's")
     say("   (a small model, all tokens; benchmarks/speed.py measures larger ones)")
 
-    # 5. A mixture leaves as one LoRA, or as a merged checkpoint; both reload elsewhere.
+    # 7. A mixture leaves as one LoRA, or as a merged checkpoint; both reload elsewhere.
     mixed = 0.7 * library["clarify"] + 0.3 * library["disagree"]
     done = export_lora(mixed, model, folder / "lora", overwrite=True)
     merge(mixed, model, folder / "merged", overwrite=True)
-    say(f"[bold]5.[/] LoRA of rank {done.rank}, retained energy {done.retained:.6f}: ", end="")
+    say(f"[bold]7.[/] LoRA of rank {done.rank}, retained energy {done.retained:.6f}: ", end="")
     say(check_lora(done.folder, model.hf))
     ids = ids[:4, :16]
     with torch.no_grad():
         ours, base = model.logits(ids, mixed), model.logits(ids)
-        merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=model.hf.dtype)
         say(f"   merged, reloaded by transformers: largest difference {(merged(ids).logits - ours).abs().max():.1e}")
         hf = model.detach()
-        say(f"[bold]6.[/] detached: the base is back bit for bit: {torch.equal(hf(ids).logits, base)}")
+        say(f"[bold]8.[/] detached: the base is back bit for bit: {torch.equal(hf(ids).logits, base)}")
         try:
             from peft import PeftModel
         except ImportError:
@@ -75,6 +92,23 @@ def run(folder: Path) -> None:
             return
         lora = PeftModel.from_pretrained(hf, str(folder / "lora"))
         say(f"   LoRA, reloaded by PEFT: largest difference {(lora(ids).logits - ours).abs().max():.1e}")
+
+
+def gap(model: SpectralModel, cases: list[skills.Case]) -> Table:
+    """Return the first case in which the model knows what is due and does not do it, or the first of all."""
+    skill = skills.load(cases[0].skill)
+    answers, replies = answer_knowing(model, cases, progress=False), act(model, cases, progress=False)
+    found = list(zip(cases, answers, replies, strict=True))
+    apart = [one for one in found if one[1].right and not skill.verify(one[0], one[2]).right]
+    case, answer, reply = (apart or found)[0]
+    table = Table(title=f"2. {case.skill}: {len(apart)} of {len(cases)} cases like this one", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    asked = case.knowing.messages[-1]["content"].rpartition("\n\n")[2]
+    rows = {"user": case.messages[-1]["content"], "asked apart": asked, "it knows": answer.chosen, "it does": reply}
+    for label, text in (*rows.items(), ("is due", case.gold[0])):
+        table.add_row(label, Text(text))
+    return table
 
 
 def overhead(model: SpectralModel, ids: torch.Tensor, mixture: Mixture) -> float:
@@ -89,33 +123,3 @@ def overhead(model: SpectralModel, ids: torch.Tensor, mixture: Mixture) -> float
             times.append(time.perf_counter() - start)
         ratios.append(times[1] / times[0])
     return statistics.median(ratios)
-
-
-def small_model(folder: Path) -> None:
-    """Write a random Llama of 8 layers and width 256, with a tokenizer of printable characters."""
-    special = ["<pad>", "<bos>", "<eos>"]
-    vocabulary = {token: index for index, token in enumerate([*special, *map(chr, range(32, 127))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="?"
-    )
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    hf = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    hf.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -113,7 +113,7 @@ class SpectralModel:
         """Load a model and its tokenizer, decompose it (once; then from the cache) and attach the basis.
 
         Args:
-            base: hub id or local folder of a causal LM; "harbor" is the embedded base, where the version has one.
+            base: hub id or local folder of a causal LM; "harbor" is the embedded base.
             revision: branch, tag or commit of a hub id.
             k: directions kept in every matrix, or "full".
             support: "top" or "sensitivity".
