@@ -261,7 +261,7 @@ def knowing_doing(
         world: generated cases, or real dialogues (needs --data).
         data: folder of the Schema-Guided Dialogue data, e.g. a clone of its public repository.
         families: names of skills, or import paths of one's own.
-        split: of the world; "heldout" shares no entity, phrasing or tool with "train".
+        split: of the world; "heldout" shares no entity and no whole phrasing with "train".
         n: cases a family, even: half positives, half controls.
         seed: of the cases.
         experts: folder of an expert, or of a library; without it the base is measured.

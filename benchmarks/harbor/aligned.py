@@ -10,12 +10,12 @@ it is the natural one, and what loses is the skill's move. The loss of a batch i
 
 with m = log p(c) - log p(r), c and r the first tokens in which the chosen and the rejected reply differ ("Yes," and
 "No,"; "right" and "not" behind "That is"), and m1 the same of stage 1, for all wordings that begin so: log p(any reply
-without the move, a call among them) - log p(any wording of the move). It is
-identity preference optimisation (Azar et al. 2024) of the token that decides. Every pair, of positives and of controls,
-moves by the same shift, so what stage 1 tells apart stays apart, in every wording; under losses that pull until a pair
-is won the AUC of the move fell (LOG.md). The shift of a skill in a world is what turns TURNED of its positives. Kept
-documents are knowing questions and natural talk: what must not change. All of it is gradients on all weights: no edit
-of singular values, merge, bias or subtraction.
+without the move, a call among them) - log p(any wording of the move). It is identity preference optimisation (Azar et
+al. 2024) of the token that decides. Every pair, of positives and of controls, moves by the same shift, so what stage 1
+tells apart stays apart, in every wording; under losses that pull until a pair is won the AUC of the move fell (LOG.md).
+The shift of a skill in a world is what turns TURNED of its positives. Kept documents are knowing questions and natural
+talk: what must not change. All of it is gradients on all weights: no edit of singular values, merge, bias or
+subtraction.
 """
 
 from __future__ import annotations
