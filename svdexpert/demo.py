@@ -50,15 +50,15 @@ def run(folder: Path) -> None:
     shutil.rmtree(folder / "experts", ignore_errors=True)  # of an earlier demo, which may have had other weights
     library = Library(folder / "experts")
     for seed, name in enumerate(FAMILIES):
-        library.add(name, Expert.random(model.basis, std=0.1, seed=seed), overwrite=True)
+        library.add(name, Expert.random(model.basis, std=0.25, seed=seed), overwrite=True)
     say(f"[bold]4.[/] {library!r}: {sum(model.basis.sizes)} numbers each")
 
     # 5. Another mixture in every row of one batch.
     mixtures = [{}, {"clarify": 1.0}, {"clarify": 0.7, "disagree": 0.3}, {"call": 2.0}]
-    prompts = ["What a fine day it is."] * len(mixtures)
+    prompts = [[worlds.user("Who owns the Rusty Walnut?")]] * len(mixtures)
     together = model.generate(prompts, mixtures, library=library, max_new_tokens=12, do_sample=False)
-    apart = [model.generate(prompts[0], m, library=library, max_new_tokens=12, do_sample=False)[0] for m in mixtures]
-    table = Table(title="5. one batch, four mixtures (random experts, so their text is noise)")
+    apart = [model.generate(prompts[:1], m, library=library, max_new_tokens=12, do_sample=False)[0] for m in mixtures]
+    table = Table(title="5. one batch, four mixtures (random experts)")
     for column in ("mixture", "reply", "same as alone"):
         table.add_column(column)
     for mixture, reply, alone in zip(mixtures, together, apart, strict=True):
