@@ -1,6 +1,7 @@
 """What stage 1 reads: whole conversations of both worlds, single cases, questions, drills. Natural behaviour only.
 
     python -m benchmarks.harbor.corpus --sgd PATH [--scale 1] [--seed 0]
+    python -m benchmarks.harbor.corpus --sgd PATH --out runs/after --after runs/harbor     for a model that goes on
 
 A document is a conversation and its tools; the model learns from the assistant's tokens, of the whole conversation or
 of its last message. Everything is a function of the seed, from the train split alone. Written to runs/harbor:
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.renaming import with_other_names
@@ -335,6 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sgd", type=Path, required=True, help="folder of the Schema-Guided Dialogue data")
     parser.add_argument("--out", type=Path, default=RUN)
+    parser.add_argument("--after", type=Path, help="run whose model goes on with it: its tokenizer, and no lessons")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of documents of every source")
     options = parser.parse_args()
@@ -343,11 +345,14 @@ def main() -> None:
     everything = list(documents(SchemaGuided(options.sgd), VariedTown(), share, options.seed))
     random.Random(options.seed).shuffle(everything)
     print(f"{len(everything)} documents, {time.monotonic() - began:.0f} s", flush=True)
-    tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])
+    if options.after:
+        tokenizer = AutoTokenizer.from_pretrained(options.after / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])
     tokenizer.save_pretrained(options.out / "tokenizer")
     last = get_context("fork").Process(target=write, args=(options.out, "corpus", tokenizer, everything))
     last.start()
-    for lesson, number in FIRST.items():
+    for lesson, number in () if options.after else FIRST.items():
         rng = random.Random(f"{lesson}/first/{options.seed}")
         made = [ending(rng, *drill(rng, lesson), lesson) for _ in range(round(number * options.scale))]
         write(options.out, lesson, tokenizer, made)

@@ -1,6 +1,7 @@
 """Stage 1: train the natural service assistant from scratch, on the assistant's tokens of the corpus.
 
     python -m benchmarks.harbor.natural [--minutes 150] [--seed 0]       again after a stop: it goes on where it was
+    python -m benchmarks.harbor.natural --run runs/after --after runs/harbor --minutes 75    from where another ended
 
 Writes runs/harbor/natural: the model in Hugging Face format (bfloat16), training.json (settings, loss curve, seconds).
 On Linux the C library hands large tensors back to the system after every step; keeping them gains a fifth of the speed:
@@ -39,6 +40,7 @@ BLOCK = 128  # queries
 GUIDED = 4  # layers
 TOKENS = 2048  # of a process's batch of the corpus, padding included
 PEAK, FLOOR, WARMUP = 2.5e-3, 0.04, 100  # learning rate, its last value as a share, steps
+AFTER = 0.25  # its first value, as a share, for a run that goes on from the end of another
 # Before the corpus: lessons, each until it is mastered or for so many steps (and tokens of a process's batch) at most.
 # Abilities to find something break through after a number of steps, so in small batches (LOG.md).
 LESSONS = {
@@ -250,7 +252,7 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
     names = list(parts)
     batches = parts[names[now.lesson]].batches(now.inside)
     while now.used < 60 * run.minutes:
-        rate = min(1.0, (now.step + 1) / WARMUP) * _schedule(now.used / (60 * run.minutes))
+        rate = min(1.0, (now.step + 1) / WARMUP) * _schedule(now.used / (60 * run.minutes), run.first)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = PEAK * rate
@@ -278,7 +280,7 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
                 pace = f"{now.used / 60:.1f} min  {now.tokens / 1e6:.2f} M tokens  {now.tokens / now.used:.0f}/s"
                 measured = "  ".join(f"{key} {now.curve[-1][key]:.3f}" for key in ("loss", "guide", "right"))
                 print(f"{names[now.lesson]}  step {now.step}  {pace}  {measured}", flush=True)
-        if now.lesson < len(LESSONS) and now.over(LESSONS[names[now.lesson]][0]):
+        if names[now.lesson] in LESSONS and now.over(LESSONS[names[now.lesson]][0]):
             now.lesson, now.inside, now.recent = now.lesson + 1, 0, []
             batches = parts[names[now.lesson]].batches(0)
         if now.used - saved_at > SAVE_EVERY:
@@ -336,13 +338,13 @@ def _share(model: LlamaForCausalLM) -> None:
             one.data.copy_(piece.view_as(one))
 
 
-def _schedule(share: float) -> float:
-    """Return the learning rate as a share of its peak: down by the same factor in every minute.
+def _schedule(share: float, first: float) -> float:
+    """Return the learning rate as a share of its peak: from `first` down by the same factor in every minute.
 
     Copying breaks through fastest at the peak. Asking, from one state, after 400 steps: 0.49 of the replies are right
     at the peak, 0.62 at a quarter of it.
     """
-    return FLOOR**share
+    return first * (FLOOR / first) ** share
 
 
 @dataclass(frozen=True)
@@ -352,21 +354,35 @@ class Run:
     out: Path
     minutes: float
     settings: dict[str, Any]
+    after: Path | None = None  # another run, whose end this one begins with
+
+    @property
+    def first(self) -> float:
+        """The first learning rate, as a share of the peak."""
+        return AFTER if self.after else 1.0
 
     def load(self, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
         """Return how far the run is, after giving model and optimizers what it had there."""
         state = self.out / "state.pt"
         if not state.exists():
+            if self.after:
+                stored = torch.load(self.after / "natural" / "state.pt", weights_only=True)
+                self._restore(stored, model, optimizers)
             return Progress()
         stored = torch.load(state, weights_only=True)
         if stored["settings"] != self.settings:
             raise SystemExit(
                 f"{state} belongs to a run with {stored['settings']}, this is {self.settings}; take another folder."
             )
+        self._restore(stored, model, optimizers)
+        return Progress(**stored["progress"])
+
+    def _restore(
+        self, stored: Mapping[str, Any], model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
         model.load_state_dict(stored["model"])
         for optimizer, kept in zip(optimizers, stored["optimizers"][dist.get_rank()], strict=True):
             optimizer.load_state_dict(kept)
-        return Progress(**stored["progress"])
 
     def save(self, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], now: Progress) -> None:
         """Write all of it, at once or not at all."""
@@ -399,10 +415,15 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
         "decides": DECIDES,
         "guided": GUIDED,
     }
+    if options.after:
+        before = json.loads((options.after / "natural" / "training.json").read_text())
+        settings |= {"first": AFTER, "lessons": {}, "after": before}
+    lessons = {} if options.after else LESSONS
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
-    parts = {name: Corpus(options.run / f"{name}.npz", options.seed, tokens) for name, (_, tokens) in LESSONS.items()}
+    parts = {name: Corpus(options.run / f"{name}.npz", options.seed, tokens) for name, (_, tokens) in lessons.items()}
     parts["corpus"] = Corpus(options.run / "corpus.npz", options.seed, TOKENS)
-    train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), Run(out, options.minutes, settings))
+    run = Run(out, options.minutes, settings, options.after)
+    train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), run)
     if rank == 0:
         del model.guide
         model.to(torch.bfloat16).save_pretrained(out)
@@ -413,6 +434,7 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=RUN)
+    parser.add_argument("--after", type=Path, help="run to go on from the end of")
     parser.add_argument("--minutes", type=float, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=PROCESSES)

@@ -59,8 +59,8 @@ class VariedDice(Dice):
         return [_made(self.rng, bank) if self.chance(SHARE) else line for line in super().lines(bank, number)]
 
     def kits(self) -> list[Kit]:
-        """Return the town's functions, each three times, and those of `services`."""
-        return [*(3 * super().kits()), *services().values()]
+        """Return the town's functions, each four times, and those of `services`."""
+        return [*(4 * super().kits()), *services().values()]
 
     def claim(self, form: str) -> str:
         """Return a frame of a claim, or one like those of its form."""
