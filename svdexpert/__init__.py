@@ -30,12 +30,16 @@ _HOME = {
     "check_lora": "export",
     "export_lora": "export",
     "merge": "export",
+    "Recipe": "recipe",
+    "train": "training",
+    "train_library": "training",
     "BasisError": "errors",
     "ExpertError": "errors",
     "ExportError": "errors",
     "MismatchError": "errors",
     "MixtureError": "errors",
     "SvdExpertError": "errors",
+    "TrainingError": "errors",
     "UnknownExpertError": "errors",
 }
 
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from svdexpert.errors import MismatchError as MismatchError
     from svdexpert.errors import MixtureError as MixtureError
     from svdexpert.errors import SvdExpertError as SvdExpertError
+    from svdexpert.errors import TrainingError as TrainingError
     from svdexpert.errors import UnknownExpertError as UnknownExpertError
     from svdexpert.expert import Expert as Expert
     from svdexpert.expert import conflict as conflict
@@ -60,6 +65,9 @@ if TYPE_CHECKING:
     from svdexpert.mixture import Bank as Bank
     from svdexpert.mixture import Mixture as Mixture
     from svdexpert.model import SpectralModel as SpectralModel
+    from svdexpert.recipe import Recipe as Recipe
+    from svdexpert.training import train as train
+    from svdexpert.training import train_library as train_library
 
 
 def __getattr__(name: str) -> Any:

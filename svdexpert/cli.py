@@ -15,6 +15,7 @@ from jsonargparse.typing import PositiveInt
 
 from svdexpert import __version__
 from svdexpert.errors import BasisError, ExpertError, ExportError, MixtureError, SvdExpertError
+from svdexpert.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -318,6 +319,96 @@ def knowing_doing(
     _show(f"cases in {folder / 'knowing_doing.json'}, picture in {folder / 'knowing_doing.png'}")
 
 
+def train_experts(
+    skill: str | list[str],
+    objective: str = "dpo",
+    model: str = "harbor",
+    recipe: Recipe = Recipe(),
+    out: str | None = None,
+    against: str | None = None,
+    world: Literal["town", "sgd"] = "town",
+    data: str | None = None,
+    k: int | Literal["full"] = 64,
+    support: Literal["top", "sensitivity"] = "top",
+    first_layer: int | None = None,
+    chat_template: str | None = None,
+    calibration: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    strategy: str = "auto",
+    num_nodes: PositiveInt = 1,
+) -> None:
+    """Train an expert for a skill, or a library for several in one batch; an interrupted run goes on where it was.
+
+    Args:
+        skill: name of a skill, import path of one's own, or a JSONL or Parquet file in one of TRL's formats; a list of
+            them is trained as a library whose experts can be added up.
+        objective: sft, dpo, rloo, or the import path of one's own.
+        model: hub id or local folder; "harbor" is the embedded base.
+        recipe: how to train.
+        out: folder of the run (default: runs/train/SKILL-OBJECTIVE).
+        against: folder of an expert, or of a library, that is not touched, and beside which the new ones must work;
+            their basis is used.
+        world: where cases come from: generated, or real dialogues (needs --data).
+        data: folder of the Schema-Guided Dialogue data, e.g. a clone of its public repository.
+        k: directions kept in every matrix, or "full".
+        support: which directions.
+        first_layer: first decoder layer that experts touch; a third of the depth if none is given.
+        chat_template: file with a Jinja chat template, for a model that has none.
+        calibration: text file that a "sensitivity" basis is made with.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the loaded weights.
+        trust_remote_code: run modelling code from the repository.
+        accelerator: as in Lightning: "cpu", "gpu", ...
+        devices: how many.
+        strategy: as in Lightning: "ddp", ...
+        num_nodes: machines.
+    """
+    from svdexpert import training, worlds
+    from svdexpert.model import SpectralModel
+
+    _quiet_when_piped()
+    skills = [skill] if isinstance(skill, str) else skill
+    name = "-".join([*(Path(one).stem if "/" in one else one for one in skills), objective])
+    folder = Path(out or f"runs/train/{name}")
+    frozen = _experts(against)
+    if frozen:
+        loaded = _load_for(model, frozen, calibration, revision, dtype, None, trust_remote_code)
+    else:
+        loaded = SpectralModel.from_pretrained(
+            model,
+            revision=revision,
+            k=k,
+            support=support,
+            first_layer=first_layer,
+            calibration=_texts(calibration),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+    if chat_template is not None and loaded.tokenizer is not None:
+        loaded.tokenizer.chat_template = _text(chat_template)
+    experts = training.train_library(
+        loaded,
+        skills,
+        objective,
+        recipe=recipe,
+        world=worlds.load(world, data),
+        against=frozen,
+        out=folder,
+        trainer={"accelerator": accelerator, "devices": devices, "strategy": strategy, "num_nodes": num_nodes},
+    )
+    if not training.is_rank_zero():
+        return
+    for place, expert in experts.items():
+        scores = {key: one for key, one in expert.scores.items() if isinstance(one, list)}
+        found = ", ".join(f"{key} {value:.2f} [{low:.2f}, {high:.2f}]" for key, (value, low, high) in scores.items())
+        _show(f"{place}: {found or 'not scored'}; {folder / 'experts' / place}")
+    _show(f"learning curve in {folder / 'curve.png'}")
+
+
 def demo(folder: str = "runs/demo") -> None:
     """Run the whole path on harbor: the gap between knowing and doing, mixtures in one batch, export, reload.
 
@@ -447,12 +538,14 @@ def run_command(components: Any, prog: str, **options: Any) -> None:
         prog: name of the program.
         options: of jsonargparse's auto_cli.
     """
-    from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
+    from jsonargparse import ArgumentParser, auto_cli
 
     class Parser(ArgumentParser):
         """Takes --flag and --no_flag for a bool, as people write them, instead of --flag=true."""
 
         def add_argument(self, *names: Any, **settings: Any) -> Any:
+            from jsonargparse import ActionYesNo  # here, because jsonargparse copies this method into its groups
+
             if settings.get("type") is bool:
                 del settings["type"]
                 settings["action"] = ActionYesNo(no_prefix="no_")
@@ -465,19 +558,22 @@ def run_command(components: Any, prog: str, **options: Any) -> None:
         said = re.sub(r"\b([a-z_]+)=True", r"--\1", str(error))  # arguments of functions are options here
         print(f"{prog}: {said}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; nothing half-written is left", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt as error:
+        left = error.args[0] if error.args else "nothing half-written is left"
+        print(f"{prog}: interrupted; {left}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
 
 
 def main() -> None:
     """Run `svdexpert`."""
     verbs = {
-        "decompose": decompose_model,  # under another name: jsonargparse would find, and load, svdexpert.decompose
+        # Two have another name here: jsonargparse would find, and load, svdexpert.decompose and svdexpert.train.
+        "decompose": decompose_model,
         "inspect": inspect,
         "generate": generate,
         "export": export,
         "bench": {"knowing-doing": knowing_doing},
+        "train": train_experts,
         "demo": demo,
     }
     run_command(verbs, "svdexpert", version=__version__)

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from svdexpert.errors import MixtureError, SvdExpertError
+from svdexpert.errors import MixtureError, SvdExpertError, TooLongError
 from svdexpert.layers import device_of
 from svdexpert.model import SpectralModel
-from svdexpert.reply import CLOSE, OPEN, Call, write_call
+from svdexpert.reply import CLOSE, OPEN, Call, read, write_call
 from svdexpert.worlds import Message, Tool, assistant, calling, result, tool, user
 
 PREFILL_TOKENS = 4096
@@ -98,7 +98,7 @@ def _fitted(
         ids = render(tokenizer, kept, tools)
         if context is None or len(ids) + room <= context:
             return kept, dropped, ids
-    raise SvdExpertError(
+    raise TooLongError(
         f"A conversation does not fit the model: its last turn takes {len(ids)} tokens, with {room} for the reply "
         f"{len(ids) + room}, and the model has {context}. Use a model with a longer context, fewer tools, or fewer new "
         "tokens."
@@ -155,15 +155,24 @@ def spelled_out(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Mes
     found: list[Message] = []
     for one in messages:
         text = str(one.get("content") or "")
-        calls = [Call(made["function"]["name"], made["function"]["arguments"]) for made in one.get("tool_calls") or ()]
         role = "user" if one["role"] == "tool" else one["role"]
-        text = f"Result: {text}" if one["role"] == "tool" else "".join([text, *map(write_call, calls)])
+        text = f"Result: {text}" if one["role"] == "tool" else "".join([text, *map(write_call, calls_of(one))])
         if role == "user":
             text, ahead = ahead + text, ""
         if found and found[-1]["role"] == role:
             text = f"{found.pop()['content']}\n{text}"
         found.append({"role": role, "content": text})
     return tuple(found)
+
+
+def calls_of(message: Message) -> list[Call]:
+    """Return the calls that a message makes; arguments may stand as JSON in a string, as on the wire."""
+    found = []
+    for one in message.get("tool_calls") or ():
+        made = one.get("function", one)
+        arguments = made["arguments"]
+        found.append(Call(made["name"], json.loads(arguments) if isinstance(arguments, str) else arguments))
+    return found
 
 
 def tokenizer_of(model: SpectralModel) -> PreTrainedTokenizerBase:
@@ -174,12 +183,17 @@ def tokenizer_of(model: SpectralModel) -> PreTrainedTokenizerBase:
 
 
 def turn_ends(model: SpectralModel) -> tuple[int, set[int]]:
-    """Return the token that ends a turn, as the template writes it, and all that end generation."""
+    """Return the token that ends a turn, as the template writes it, and all that end generation.
+
+    Without a chat template it is the token that ends a text.
+    """
     tokenizer = tokenizer_of(model)
     configured: Any = model.hf.generation_config.eos_token_id if model.hf.generation_config else None
     known = [configured] if isinstance(configured, int) else list(configured or ())
     if isinstance(tokenizer.eos_token_id, int):
         known.append(tokenizer.eos_token_id)
+    if tokenizer.chat_template is None and known:
+        return known[-1], set(known)
     text = _templated(tokenizer, [user("Hi"), assistant("Zebra")], (), tokenize=False)
     after: list[int] = tokenizer(text.rpartition("Zebra")[2], add_special_tokens=False)["input_ids"]
     special = {*known, *tokenizer.all_special_ids}
@@ -190,6 +204,42 @@ def turn_ends(model: SpectralModel) -> tuple[int, set[int]]:
             "Neither the chat template nor the tokenizer says how a turn ends: set tokenizer.eos_token."
         )
     return end, {end, *known}
+
+
+def as_message(reply: str) -> Message:
+    """Return a reply as the assistant's message; a call in the neutral written form becomes a tool call.
+
+    >>> as_message("Which day?")
+    {'role': 'assistant', 'content': 'Which day?'}
+    """
+    found = read(reply).calls
+    return calling(found[0]) if len(found) == 1 and write_call(found[0]) == reply else assistant(reply)
+
+
+def completion(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool], reply: Message, end: int
+) -> list[int]:
+    """Return the ids of a reply as the chat template writes it behind a prompt, with the token that ends the turn.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation that it replies to.
+        tools: JSON schemas.
+        reply: the assistant's message.
+        end: see `turn_ends`.
+
+    Raises:
+        SvdExpertError: there is no chat template, or it refuses the conversation.
+    """
+    how = {"tokenize": True, "return_dict": True}
+    before = list(_templated(tokenizer, messages, tools, add_generation_prompt=True, **how)["input_ids"])
+    whole = list(_templated(tokenizer, [*messages, reply], tools, **how)["input_ids"])
+    behind = whole[len(before) :]
+    if whole[: len(before)] == before and end in behind:
+        return behind[: behind.index(end) + 1]
+    # Templates that add or drop thoughts write no prefix; a reply then reads as it does in `reply.read`.
+    text = "".join([str(reply.get("content") or ""), *(write_call(call) for call in calls_of(reply))])
+    return [*continuation(tokenizer, text), end]
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -306,20 +356,24 @@ class Forward:
 
     def __call__(self, ids: Tensor, mask: Tensor, cache: Cache, *, last: bool = False) -> Tensor:
         """Return log-probabilities (b t v), fp32, those of the last place only if `last`."""
-        output = self._run(ids, mask, last, past_key_values=cache, use_cache=True)
-        logits: Tensor = output.logits[:, -1:] if last else output.logits
-        return logits.float().log_softmax(-1)
+        found = self.logits(ids, mask, 1 if last else None, past_key_values=cache, use_cache=True)
+        return found.float().log_softmax(-1)
+
+    def logits(self, ids: Tensor, mask: Tensor, keep: int | None, **how: Any) -> Tensor:
+        """Return logits (b t v) in the model's dtype, those of the last `keep` places where that is given."""
+        found: Tensor = self._run(ids, mask, keep, **how).logits
+        return found if keep is None else found[:, -keep:]
 
     def hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """Return the hidden states (b t width) of the embeddings and of every layer."""
-        states = self._run(ids, mask, True, use_cache=False, output_hidden_states=True).hidden_states
+        states = self._run(ids, mask, 1, use_cache=False, output_hidden_states=True).hidden_states
         return cast(tuple[Tensor, ...], states)
 
-    def _run(self, ids: Tensor, mask: Tensor, last: bool, **how: Any) -> Any:
+    def _run(self, ids: Tensor, mask: Tensor, keep: int | None, **how: Any) -> Any:
         if "position_ids" in self.takes:
             how["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if last and "logits_to_keep" in self.takes:
-            how["logits_to_keep"] = 1
+        if keep is not None and "logits_to_keep" in self.takes:
+            how["logits_to_keep"] = keep
         return cast(Any, self.hf)(input_ids=ids, attention_mask=mask, **how)
 
 

@@ -47,6 +47,14 @@ class WorldError(SvdExpertError):
     """A world that cannot make what was asked: missing, renamed or truncated files, too few different scenes."""
 
 
+class TooLongError(SvdExpertError):
+    """A conversation whose last turn alone is longer than the model's context."""
+
+
+class TrainingError(SvdExpertError):
+    """A run that cannot begin, or must not go on: settings out of range, data that does not parse, NaN, no signal."""
+
+
 class MeasurementError(SvdExpertError):
     """A measurement that its numbers do not allow: none at all, lengths that differ, NaN."""
 

@@ -437,6 +437,14 @@ class SpectralModel:
             if function is not None and not isinstance(function, _CapturedCheckpoint):
                 cast(Any, module)._gradient_checkpointing_func = _CapturedCheckpoint(function, self._scope)
 
+    def recomputed(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Return an activation checkpointing function that computes again under the mixture of its forward pass.
+
+        Args:
+            checkpoint: called with a function and its arguments, as torch.utils.checkpoint.checkpoint is.
+        """
+        return _CapturedCheckpoint(checkpoint, self._scope)
+
     # --- calls
 
     def generate(

@@ -257,6 +257,36 @@ def draw_knowing_doing(results: Sequence[SkillResult], path: Path) -> None:
         figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
 
 
+# --- training
+
+
+def draw_learning_curve(metrics: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """Write what a run noted: losses above, shares of the right ones below (PNG, PDF or SVG by the ending).
+
+    Args:
+        metrics: values by name and step.
+        path: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses = {name: one for name, one in metrics.items() if name.startswith(("loss", "neutral"))}
+    shares = {name: one for name, one in metrics.items() if name not in losses and name != "validation"}
+    figure = Figure(figsize=(7.0, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axes, some, label in ((above, losses, "loss, nats"), (below, shares, "share right; reward")):
+        for name, one in some.items():
+            axes.plot(list(one), list(one.values()), label=name, linewidth=1.2, marker="o" if len(one) < 20 else None)
+        axes.set_ylabel(label, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        if some:
+            axes.legend(frameon=False, fontsize=8, ncols=2)
+    below.set_xlabel("step", fontsize=9)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
 def _measured(results: Sequence[SkillResult]) -> str:
     models = ", ".join(dict.fromkeys(one.model for one in results))
     experts = ", ".join(dict.fromkeys(one.experts for one in results))

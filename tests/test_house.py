@@ -35,6 +35,12 @@ ORDER = [
     "conversation",
     "evaluate",
     "report",
+    "objectives",
+    "recipe",
+    "examples",
+    "completions",
+    "batches",
+    "training",
     "demo",
     "cli",
 ]

@@ -33,11 +33,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.harbor.corpus import RUN, Document, as_message, fact_documents, immediate
+from benchmarks.harbor.corpus import RUN, Document, fact_documents, immediate
 from benchmarks.harbor.rows import logprobs, replies, rows
 from benchmarks.harbor.tokenizer import CALL
 from benchmarks.provenance import commit
 from svdexpert import skills
+from svdexpert.conversation import as_message
 from svdexpert.skills import Case
 from svdexpert.worlds import Split, World, assistant
 from svdexpert.worlds.sgd import SchemaGuided

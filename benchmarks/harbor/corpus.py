@@ -30,9 +30,9 @@ from benchmarks.harbor.renaming import with_other_names
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
 from benchmarks.harbor.varied import VariedTown
 from svdexpert import skills
-from svdexpert.reply import read
+from svdexpert.conversation import as_message
 from svdexpert.skills import Case, disagree
-from svdexpert.worlds import Message, Split, Tool, World, assistant, calling, system, user
+from svdexpert.worlds import Message, Split, Tool, World, assistant, system, user
 from svdexpert.worlds.sgd import SchemaGuided
 from svdexpert.worlds.town import Town
 
@@ -140,12 +140,6 @@ def ending(rng: random.Random, messages: Sequence[Message], tools: Sequence[Tool
         return Document(tuple(messages), (), False, source)
     own = [place for place, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight", 1) != 0]
     return Document(tuple(messages[: rng.choice(own) + 1]), tuple(tools), True, source)
-
-
-def as_message(reply: str) -> Message:
-    """Return a reply in the neutral form as an assistant's message: a call in `tool_calls`, anything else as text."""
-    found = read(reply)
-    return calling(found.calls[0]) if len(found.calls) == 1 and found.obeyed else assistant(reply)
 
 
 # Instructions that a system message may give, and the behaviour that obeys them.

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.harbor.corpus import Document, as_message, encode, render
+from benchmarks.harbor.corpus import Document, encode, render
+from svdexpert.conversation import as_message
 from svdexpert.skills import Case
 
 

@@ -1,0 +1,207 @@
+"""Which rows stand in a training step: every draw is a function of (seed, step, row), and of nothing else.
+
+    own rows       context and completions of the row's own expert at weight 1; every other expert is drawn to 0,
+                   to 1 or into (0, 1): mixture dropout
+    neutral rows   a context that is another skill's, or nobody's (knowing questions, plain talk); the row's own expert
+                   at weight 1, the context's owner at 0 if it is in training, others drawn; the target is the base,
+                   with the frozen experts of the row: what an expert must not change
+
+Resuming, accumulating and running on several processes follow from that: they deal the same rows another way. The own
+rows of an expert do not depend on which others are trained beside it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from svdexpert.examples import Example, Examples
+from svdexpert.objectives import Completions
+
+T = TypeVar("T")
+_EXAMPLE, _WEIGHTS, _SAMPLES, _EPOCH = range(4)  # what a stream of random numbers is for
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """A context with a reply, as ids: what must stay as it is.
+
+    Attributes:
+        owner: name of the expert whose skill it is, "" where it is nobody's.
+        prompt: the context.
+        reply: the base's own.
+    """
+
+    owner: str
+    prompt: list[int]
+    reply: list[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a step.
+
+    Attributes:
+        expert: whose loss it belongs to, by its place among those in training.
+        weights: of the experts in training, then of the frozen ones (e).
+        target: weights of what a neutral row is compared with (e); None for an own row.
+        prompt: ids of the context.
+        completions: ids of what is scored behind it; none yet where they are to be sampled.
+        case: id of the example, "" for a neutral row.
+        draws: seeds the row's samples.
+    """
+
+    expert: int
+    weights: list[float]
+    target: list[float] | None
+    prompt: list[int]
+    completions: list[list[int]]
+    case: str
+    draws: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context and of the longest completion."""
+        return len(self.prompt) + max(map(len, self.completions), default=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of every step are drawn.
+
+    Attributes:
+        examples: of every expert in training.
+        neutrals: contexts of neutral rows.
+        frozen: names of the frozen experts.
+        completions: what the objective reads.
+        batch_size: rows of one expert in a step, even.
+        mixing: probability that another expert is not at weight 0; then it is at 1 or uniform in (0, 1), at evens.
+        neutral: share of rows that are neutral.
+        seed: of all draws.
+    """
+
+    examples: Sequence[Examples]
+    neutrals: Sequence[Neutral]
+    frozen: Sequence[str]
+    completions: Completions
+    batch_size: int
+    mixing: float
+    neutral: float
+    seed: int
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the experts in training, then of the frozen ones."""
+        return [*(one.skill for one in self.examples), *self.frozen]
+
+    @property
+    def neutral_rows(self) -> int:
+        """Neutral rows of one expert in a step, as near to the share as leaves an even number of own rows."""
+        wanted = 2 * round(self.neutral * self.batch_size / 2)
+        return min(wanted, self.batch_size - 2) if all(self._pools) else 0
+
+    @property
+    def own_rows(self) -> int:
+        """Own rows of one expert in a step: half positives, half controls."""
+        return self.batch_size - self.neutral_rows
+
+    def rows(self, step: int) -> list[Row]:
+        """Return all rows of a step, the shortest first."""
+        found = [self._row(step, expert, row) for expert in range(len(self.examples)) for row in range(self.batch_size)]
+        return sorted(found, key=lambda one: one.length)
+
+    def _row(self, step: int, expert: int, row: int) -> Row:
+        some = self.examples[expert]
+        key = (self.seed, step, row, zlib.crc32(some.skill.encode()))
+        draws, others = (np.random.default_rng([*key, use]) for use in (_EXAMPLE, _WEIGHTS))
+        weights = [self._weight(others) for _ in self.names]
+        weights[expert] = 1.0
+        seeds = (*key, _SAMPLES)
+        if row >= self.own_rows:
+            one = self._neutral(expert, draws)
+            if one.owner in self.names[: len(self.examples)]:
+                weights[self.names.index(one.owner)] = 0.0
+            target = [0.0] * len(self.examples) + weights[len(self.examples) :]
+            return Row(expert, weights, target, one.prompt, [one.reply], "", seeds)
+        example = self._example(expert, step * self.own_rows + row)
+        completions = []
+        if self.completions != "samples":
+            completions.append(_pick(example.chosen_ids, draws))
+        if self.completions == "pair":
+            completions.append(_pick(example.rejected_ids, draws))
+        return Row(expert, weights, None, example.prompt, completions, example.id, seeds)
+
+    def _neutral(self, expert: int, draws: np.random.Generator) -> Neutral:
+        """Return a context that is not the expert's: nobody's or another's, at evens where there are both."""
+        kinds = self._pools[expert]
+        return _pick(kinds[int(draws.integers(len(kinds)))], draws)
+
+    @cached_property
+    def _pools(self) -> list[list[list[Neutral]]]:
+        pools = []
+        for name in self.names[: len(self.examples)]:
+            kinds = [
+                [one for one in self.neutrals if not one.owner],
+                [one for one in self.neutrals if one.owner and one.owner != name],
+            ]
+            pools.append([some for some in kinds if some])
+        return pools
+
+    def _weight(self, draws: np.random.Generator) -> float:
+        """Return the weight of another expert: three draws, always, so that rows agree whatever `mixing` is."""
+        used, whole, part = draws.random(3)
+        if used >= self.mixing:
+            return 0.0
+        return 1.0 if whole < 0.5 else float(part)
+
+    def _example(self, expert: int, place: int) -> Example:
+        """Return the example at a place of the endless sequence: positives and controls in turn, each in epochs."""
+        kinds = self._kinds[expert]
+        kind = place % len(kinds)
+        epoch, place = divmod(place // len(kinds), len(kinds[kind]))
+        name = zlib.crc32(self.names[expert].encode())
+        order = np.random.default_rng([self.seed, epoch, kind, name, _EPOCH]).permutation(len(kinds[kind]))
+        return kinds[kind][int(order[place])]
+
+    @cached_property
+    def _kinds(self) -> list[list[list[Example]]]:
+        """Positives and controls of every expert, or all examples where nobody knows."""
+        found = []
+        for some in self.examples:
+            kinds = [[one for one in some.rows if one.positive], [one for one in some.rows if one.positive is False]]
+            found.append(kinds if all(kinds) else [list(some.rows)])
+        return found
+
+
+def _pick(some: Sequence[T], draws: np.random.Generator) -> T:
+    return some[int(draws.integers(len(some)))]
+
+
+class Steps(IterableDataset[list[Row]]):
+    """The rows of every step, in the parts that one process computes, beginning with the step that is due.
+
+    Args:
+        plan: how rows are drawn.
+        first: returns the step to begin with.
+        accumulate: parts of a step.
+        rank: of this process.
+        processes: how many share a part.
+    """
+
+    def __init__(self, plan: Plan, first: Callable[[], int], accumulate: int, rank: int, processes: int) -> None:
+        self.plan, self.first = plan, first
+        self.accumulate, self.rank, self.processes = accumulate, rank, processes
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        step = self.first()
+        while True:
+            rows = self.plan.rows(step)
+            for part in np.array_split(np.arange(len(rows)), self.accumulate):
+                yield [rows[place] for place in part[self.rank :: self.processes]]
+            step += 1
