@@ -35,7 +35,7 @@ def town() -> VariedTown:
 
 @pytest.fixture(scope="module")
 def documents(town: VariedTown) -> list[Document]:
-    found = [*case_documents(town, "train", 40, 0), *fact_documents(town, 10, 0)]
+    found = [*case_documents(town, "train", dict.fromkeys(FAMILIES, 40), 0), *fact_documents(town, 10, 0)]
     rng = random.Random(0)
     found += [Document(*map(tuple, drill(rng)), True, "drills") for _ in range(200)]  # type: ignore[arg-type]
     return found
@@ -121,7 +121,7 @@ def fits(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> bool:
 
 def test_a_conversation_under_other_names_still_fits_its_functions(town: VariedTown) -> None:
     rng, changed = random.Random(0), 0
-    for one in case_documents(town, "train", 60, 0):
+    for one in case_documents(town, "train", dict.fromkeys(FAMILIES, 60), 0):
         messages, tools = with_other_names(rng, one.messages, one.tools)
         assert fits(messages, tools) or not fits(one.messages, one.tools)
         assert len({tool["function"]["name"] for tool in tools}) == len(tools)

@@ -37,8 +37,17 @@ from svdexpert.worlds.sgd import SchemaGuided
 from svdexpert.worlds.town import Town
 
 RUN = Path("runs/harbor")
-# Documents of each source: conversations of both worlds, cases a skill, talks about facts, drills.
-SHARE = {"sgd": 5000, "town": 16000, "town_cases": 20000, "sgd_cases": 4000, "facts": 2000, "drills": 90000}
+# Documents of each source: conversations of both worlds, cases a skill, in the town of disagree, talks about facts,
+# drills.
+SHARE = {
+    "sgd": 5000,
+    "town": 16000,
+    "town_cases": 20000,
+    "town_claims": 20000,
+    "sgd_cases": 4000,
+    "facts": 2000,
+    "drills": 90000,
+}
 FIRST = dict.fromkeys(LESSONS, 24000)  # documents a lesson
 # Of a function: is it wanted; of a parameter: is it of another one, or given; of a claimed value: is it right.
 HINTS = ("", "unwanted", "wanted", "beside", "lacking", "given", "wrong", "right")
@@ -193,20 +202,28 @@ def wants(case: Case) -> Message:
     return {"wants": (None, {})} if case.skill == "call" and not case.positive else {}
 
 
+def claimed(case: Case) -> tuple[Message, ...]:
+    """Return a case's conversation, whose last message says what it claims, and whether that is right."""
+    if case.skill != "disagree":
+        return case.messages
+    value = case.truth["other" if case.positive else "truth"]
+    return (*case.messages[:-1], case.messages[-1] | {"claims": (value, not case.positive)})
+
+
 def immediate(case: Case) -> tuple[str, ...]:
     """Return how an assistant that never grounds would reply: at once, confident, complete-looking."""
     wanted = {"clarify": "claims_done", "disagree": "capitulation", "call": "claims_done"}[case.skill]
     return tuple(one.reply for one in case.bad if one.error == wanted)
 
 
-def case_documents(world: World, split: Split, n: int, seed: int) -> Iterator[Document]:
-    """Yield, for n cases a skill, the natural reply, the knowing question, and sometimes a system message obeyed."""
+def case_documents(world: World, split: Split, n: Mapping[str, int], seed: int) -> Iterator[Document]:
+    """Yield, for n cases of a skill, the natural reply, the knowing question, and sometimes a system message obeyed."""
     rng = random.Random(f"cases/{world.name}/{seed}")
-    for name in ("clarify", "disagree", "call"):
-        for case in skills.load(name).cases(world, split, n, seed=seed):
+    for name, number in n.items():
+        for case in skills.load(name).cases(world, split, number, seed=seed):
             source = f"{world.name}-{name}"
             gold = as_message(case.gold[0] if rng.random() < PLAIN else rng.choice(case.gold)) | wants(case)
-            yield Document((*case.messages, gold), case.tools, True, source)
+            yield Document((*claimed(case), gold), case.tools, True, source)
             if rng.random() < ASKED:
                 answer = assistant(case.knowing.answer) | (wants(case) if name == "clarify" else {})
                 knowing = (*case.knowing.messages, answer)
@@ -258,10 +275,11 @@ def documents(sgd: SchemaGuided, town: Town, share: dict[str, int], seed: int) -
                 with_other_names(rng, one.messages, one.tools) if world is town else (one.messages, one.tools)
             )
             yield ending(rng, messages, tools, f"{world.name}-dialogues")
-    for case in case_documents(town, "train", share["town_cases"], seed):
+    cases = dict.fromkeys(("clarify", "disagree", "call"), share["town_cases"]) | {"disagree": share["town_claims"]}
+    for case in case_documents(town, "train", cases, seed):
         messages, tools = with_other_names(rng, case.messages, case.tools)
         yield replace(case, messages=messages, tools=tools)
-    yield from case_documents(sgd, "train", share["sgd_cases"], seed)
+    yield from case_documents(sgd, "train", dict.fromkeys(cases, share["sgd_cases"]), seed)
     yield from fact_documents(town, share["facts"], seed)
     for _ in range(share["drills"]):
         yield ending(rng, *drill(rng), "drills")
@@ -332,10 +350,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RUN)
     parser.add_argument("--after", type=Path, help="run whose model goes on with it: its tokenizer, and no lessons")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--claims", type=float, default=1.0, help="multiplies those about claims and facts of the town")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of documents of every source")
     options = parser.parse_args()
     began = time.monotonic()
-    share = {source: 2 * round(count * options.scale / 2) for source, count in SHARE.items()}
+    more = {"town_claims": options.claims, "facts": options.claims}
+    share = {source: 2 * round(count * options.scale * more.get(source, 1.0) / 2) for source, count in SHARE.items()}
     everything = list(documents(SchemaGuided(options.sgd), VariedTown(), share, options.seed))
     random.Random(options.seed).shuffle(everything)
     print(f"{len(everything)} documents, {time.monotonic() - began:.0f} s", flush=True)

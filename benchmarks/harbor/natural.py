@@ -251,7 +251,7 @@ def train(model: LlamaForCausalLM, parts: Mapping[str, Corpus], speaks: int, run
     began, saved_at, losses = time.monotonic() - now.used, now.used, []
     names = list(parts)
     batches = parts[names[now.lesson]].batches(now.inside)
-    while now.used < 60 * run.minutes:
+    while now.used < 60 * (run.until or run.minutes):
         rate = min(1.0, (now.step + 1) / WARMUP) * _schedule(now.used / (60 * run.minutes), run.first)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -355,6 +355,7 @@ class Run:
     minutes: float
     settings: dict[str, Any]
     after: Path | None = None  # another run, whose end this one begins with
+    until: float | None = None  # minutes after which to stop before that
 
     @property
     def first(self) -> float:
@@ -422,7 +423,7 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
     parts = {name: Corpus(options.run / f"{name}.npz", options.seed, tokens) for name, (_, tokens) in lessons.items()}
     parts["corpus"] = Corpus(options.run / "corpus.npz", options.seed, TOKENS)
-    run = Run(out, options.minutes, settings, options.after)
+    run = Run(out, options.minutes, settings, options.after, options.until)
     train(model, parts, tokenizer.convert_tokens_to_ids("<|assistant|>"), run)
     if rank == 0:
         del model.guide
@@ -436,6 +437,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=RUN)
     parser.add_argument("--after", type=Path, help="run to go on from the end of")
     parser.add_argument("--minutes", type=float, default=150)
+    parser.add_argument("--until", type=float, help="minute at which to stop before that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=PROCESSES)
     options = parser.parse_args()
