@@ -203,7 +203,8 @@ class ExpertModule(lightning.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, recipe = self.global_step, self.recipe
         whole = (batch_idx + 1) % recipe.accumulate == 0
-        if whole and step % recipe.validate_every == 0 and any(task.validation for task in self.tasks):
+        watched = recipe.validation_cases and any(task.validation for task in self.tasks)
+        if whole and watched and step % recipe.validate_every == 0:
             self.validate()
 
     def on_train_end(self) -> None:

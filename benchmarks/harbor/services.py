@@ -1,9 +1,9 @@
 """Functions beside the town's, for training alone: what the parameters of other splits are called, and how people give
 them.
 
-The town has 14 functions in its train split. A model that had read these and made-up ones asked for the stylist where
-users said "with Marta": what a word means and how a detail is said has to be known, no signature shows it. Before,
-148 functions in peculiar words were tried (LOG.md). The words are in services.toml.
+The town has 14 functions in its train split. Models that had read these and made-up ones gave `move_booking` the time
+as its booking, or asked for it, where users said "number N6683": what a parameter is and how people give it no
+signature shows. Before, 148 functions in peculiar words were tried (LOG.md). The words are in services.toml.
 """
 
 from __future__ import annotations
