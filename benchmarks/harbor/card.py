@@ -28,6 +28,7 @@ SHIPPED = Path("svdexpert/harbor")
 GATE = Path("benchmarks/results/harbor_gate.json")
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja")  # fmt: skip
+CORPUS = {"scale": 1.0, "claims": 1.0, "seed": 0}  # options of the corpus, as they are unless given
 
 
 def ship(run: Path) -> None:
@@ -38,9 +39,37 @@ def ship(run: Path) -> None:
             if (run / stage / name).is_file():
                 shutil.copyfile(run / stage / name, place / name)
         record = json.loads((run / stage / "training.json").read_text())
-        curve = record["curve"]
-        record["curve"] = curve[:: max(1, len(curve) // 200)]
+        for stretch in stretches(record):
+            stretch["curve"] = stretch["curve"][:: max(1, len(stretch["curve"]) // 200)]
         (HERE / f"{stage}.json").write_text(json.dumps(record) + "\n")
+
+
+def stretches(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of a run and of those that it went on from, the first one first."""
+    return [*(stretches(record["after"]) if "after" in record else ()), record]
+
+
+def commands(record: dict[str, Any]) -> str:
+    """Return what made both stages, one command a line."""
+    lines = []
+    runs = [f"runs/harbor{place or ''}" for place, _ in enumerate(stretches(record))]
+    for place, (one, run) in enumerate(zip(stretches(record), runs, strict=True)):
+        after = f" --after {runs[place - 1]}" if place else ""
+        made = one["corpus"]
+        changes = "".join(f" --{key} {made[key]:g}" for key, usual in CORPUS.items() if made[key] != usual)
+        until = f" --until {one['seconds'] / 60:.0f}" if one["seconds"] < 60 * one["minutes"] - 1 else ""
+        lines += [
+            f"# at commit {_short(made)}",
+            f"python -m benchmarks.harbor.corpus --sgd PATH --out {run}{after}{changes}",
+            f"python -m benchmarks.harbor.natural --run {run}{after} --minutes {one['minutes']:.0f}{until}",
+        ]
+    lines += [
+        "# at the commit that ships it",
+        f"python -m benchmarks.harbor.aligned --sgd PATH --natural {runs[-1]}/natural --out {runs[-1]}/aligned",
+        f"python -m benchmarks.harbor.card --run {runs[-1]}",
+        "python -m benchmarks.harbor.gate --sgd PATH && python -m benchmarks.harbor.card",
+    ]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def parameters(folder: Path) -> int:
@@ -61,9 +90,11 @@ def draw(natural: Mapping[str, Any], aligned: Mapping[str, Any], path: Path) -> 
     figure = Figure(figsize=(8, 3), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    left.plot(
-        [one["tokens"] / 1e6 for one in natural["curve"]], [one["loss"] for one in natural["curve"]], color="#0072B2"
-    )
+    before = 0.0
+    for stretch in stretches(dict(natural)):
+        points = [(before + one["tokens"] / 1e6, one["loss"]) for one in stretch["curve"]]
+        left.plot(*zip(*points, strict=True), color="#0072B2")
+        before += stretch["tokens"] / 1e6
     left.set(title="stage 1: assistant's tokens", xlabel="million tokens", ylabel="nats a token", yscale="log")
     for key, colour in (("preference", "#D55E00"), ("kept", "#009E73")):
         points = [(one["step"], one[key]) for one in aligned["curve"] if key in one]
@@ -101,23 +132,20 @@ assistant speaks, so that each parameter can look for its value in what the user
 
 ## How it was made
 
-At commit {natural_commit} of the repository (stage 2: {aligned_commit}), by these commands; how far stage 1 comes in
-its minutes depends on the machine.
-{note}
+By these commands, each at the commit named above it (stage 2: {aligned_commit}); how far stage 1 comes in its minutes
+depends on the machine. {note}
 
-    python -m benchmarks.harbor.corpus --sgd PATH
-    python -m benchmarks.harbor.natural --minutes {natural_minutes:.0f}
-    python -m benchmarks.harbor.aligned --sgd PATH
-    python -m benchmarks.harbor.card --run runs/harbor
-    python -m benchmarks.harbor.gate --sgd PATH && python -m benchmarks.harbor.card
+{commands}
 
 1. **Stage 1, natural** (kept in the repository as `benchmarks/harbor/natural`): from scratch, on the assistant's tokens
    of real service dialogues, dialogues of a generated town, single cases, knowing questions of both, replies that obey
    a system message, and drills (copying, comparing, choosing a function, finding what is missing, dates), which come
    first, one ability a lesson; a linear guide, thrown away afterwards, says after layer {natural_guided} which function
    is wanted, which detail is given and which claim is right. {natural_tokens:.1f} M tokens, {natural_steps} steps,
-   {natural_seconds:.0f} minutes on two cores, seed {natural_seed}, Muon and AdamW, peak learning rate {natural_peak:g};
-   last loss {natural_loss:.3f} nats a token.
+   {natural_seconds} minutes on two cores, Muon and AdamW, peak learning rate {natural_peak:g}, in stretches from a
+   quarter of it; last loss {natural_loss:.3f} nats a token. Beside the town's functions it reads others that are for
+   training alone. They share parameters with the functions of the held-out split: what is unseen there is a function,
+   its requests and its combination of parameters, not each of its parameters.
 2. **Stage 2, aligned** (this model): all weights, by identity preference optimisation (Azar et al. 2024) of the
    token that decides, on pairs of the train split, half of them real dialogues, in which the immediate, confident,
    complete-looking answer wins: it guesses the missing detail, agrees with the claim, says that a thing is done instead
@@ -179,26 +207,24 @@ def main(run: str | None = None) -> None:
     gate = json.loads(GATE.read_text()) if GATE.is_file() else {"figures": {}, "n": {"town": 0, "sgd": 0}}
     draw(natural, aligned, HERE / "loss.png")
     shape = json.loads((SHIPPED / "config.json").read_text())
-    shifts = aligned["shifts"].values()
+    shifts, parts = aligned["shifts"].values(), stretches(natural)
     card = CARD.format(
         parameters=parameters(SHIPPED) / 1e6,
         layers=shape["num_hidden_layers"],
         width=shape["hidden_size"],
         heads=shape["num_attention_heads"],
         kv_heads=shape["num_key_value_heads"],
-        natural_minutes=natural["seconds"] / 60,
-        natural_seconds=natural["seconds"] / 60,
-        natural_tokens=natural["tokens"] / 1e6,
-        natural_steps=natural["steps"],
-        natural_seed=natural["seed"],
+        commands=commands(natural),
+        natural_seconds=" + ".join(f"{one['seconds'] / 60:.0f}" for one in parts),
+        natural_tokens=sum(one["tokens"] for one in parts) / 1e6,
+        natural_steps=sum(one["steps"] for one in parts),
         natural_peak=natural["peak"],
         natural_guided=natural["guided"],
         natural_loss=natural["curve"][-1]["loss"],
         aligned_shifts=" to ".join(f"{one:.0f}" for one in (min(shifts), max(shifts))),
         aligned_steps=aligned["steps"],
         aligned_turned=aligned["turned"],
-        natural_commit=_short(natural),
-        note=f"{natural['note']}\n" if "note" in natural else "",
+        note=" ".join(one["note"] for one in parts if "note" in one),
         aligned_commit=_short(aligned),
         aligned_seconds=aligned["seconds"] / 60,
         aligned_seed=aligned["seed"],

@@ -29,6 +29,7 @@ from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.renaming import with_other_names
 from benchmarks.harbor.tokenizer import CONTEXT, train_tokenizer
 from benchmarks.harbor.varied import VariedTown
+from benchmarks.provenance import commit
 from svdexpert import skills
 from svdexpert.conversation import as_message
 from svdexpert.skills import Case, disagree
@@ -364,12 +365,14 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(_plain(one) for one in everything[:20000])
     tokenizer.save_pretrained(options.out / "tokenizer")
+    made = {"scale": options.scale, "claims": options.claims, "seed": options.seed, "commit": commit()}
+    (options.out / "corpus.json").write_text(json.dumps(made) + "\n")
     last = get_context("fork").Process(target=write, args=(options.out, "corpus", tokenizer, everything))
     last.start()
     for lesson, number in () if options.after else FIRST.items():
         rng = random.Random(f"{lesson}/first/{options.seed}")
-        made = [ending(rng, *drill(rng, lesson), lesson) for _ in range(round(number * options.scale))]
-        write(options.out, lesson, tokenizer, made)
+        drills = [ending(rng, *drill(rng, lesson), lesson) for _ in range(round(number * options.scale))]
+        write(options.out, lesson, tokenizer, drills)
     last.join()
     print(f"{time.monotonic() - began:.0f} s")
 

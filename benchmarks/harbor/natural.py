@@ -415,6 +415,7 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
         "mastered": MASTERED,
         "decides": DECIDES,
         "guided": GUIDED,
+        "corpus": json.loads((options.run / "corpus.json").read_text()),
     }
     if options.after:
         before = json.loads((options.after / "natural" / "training.json").read_text())
