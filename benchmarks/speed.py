@@ -481,15 +481,15 @@ def memory_of_training(name: str, way: str) -> dict[str, float]:
         step = training_ours(cell.spectral(64), batch)
     else:
         step = training_lora(cell.lora(1, like_weights=False), batch)
-    loaded = _status("VmRSS")
+    loaded = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     for _ in range(3):  # the state of AdamW is there from the second on
         step()
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     return {"loaded_mb": loaded, "peak_mb": peak, "peak_minus_loaded_mb": peak - loaded}
 
 
-def _status(field_: str) -> float:
+def status(field_: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field_))
 

@@ -3,8 +3,8 @@
     own rows       context and completions of the row's own expert at weight 1; every other expert is drawn to 0,
                    to 1 or into (0, 1): mixture dropout
     neutral rows   a context that is another skill's, or nobody's (knowing questions, plain talk); the row's own expert
-                   at weight 1, the context's owner at 0 if it is in training, others drawn; the target is the base,
-                   with the frozen experts of the row: what an expert must not change
+                   at weight 1, the context's owner at 0 if it is in training and at 1 if it is frozen, others drawn;
+                   the target is the base, with the frozen experts of the row: what an expert must not change
 
 Resuming, accumulating and running on several processes follow from that: they deal the same rows another way. The own
 rows of an expert do not depend on which others are trained beside it.
@@ -35,7 +35,7 @@ class Neutral:
     Attributes:
         owner: name of the expert whose skill it is, "" where it is nobody's.
         prompt: the context.
-        reply: the base's own.
+        reply: the base's own, or that of a frozen owner.
     """
 
     owner: str
@@ -125,8 +125,9 @@ class Plan:
         seeds = (*key, _SAMPLES)
         if row >= self.own_rows:
             one = self._neutral(expert, draws)
-            if one.owner in self.names[: len(self.examples)]:
-                weights[self.names.index(one.owner)] = 0.0
+            if one.owner in self.names:
+                place = self.names.index(one.owner)
+                weights[place] = 0.0 if place < len(self.examples) else 1.0
             target = [0.0] * len(self.examples) + weights[len(self.examples) :]
             return Row(expert, weights, target, one.prompt, [one.reply], "", seeds)
         example = self._example(expert, step * self.own_rows + row)

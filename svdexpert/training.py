@@ -67,6 +67,7 @@ from svdexpert.objectives import Scored
 from svdexpert.recipe import Recipe
 from svdexpert.report import draw_learning_curve
 from svdexpert.skills import Case, Skill, load
+from svdexpert.skills import names as skill_names
 from svdexpert.storage import whole_file
 from svdexpert.worlds import World
 
@@ -144,6 +145,11 @@ class ExpertModule(lightning.LightningModule):
         self.latest: dict[str, float] = {}
         self.announces = False  # True prints a line at every validation, where there is no progress bar
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser moves."""
+        return [self.offsets]
+
     # --- Lightning's hooks
 
     def train_dataloader(self) -> DataLoader[list[Row]]:
@@ -162,7 +168,7 @@ class ExpertModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
-        optimizer = kind([self.offsets], lr=recipe.learning_rate)
+        optimizer = kind(self.trained, lr=recipe.learning_rate)
 
         def share(step: int) -> float:
             rise, fall = (step + 1) / (recipe.warmup + 1), (recipe.steps - step) / (recipe.steps - recipe.warmup)
@@ -242,6 +248,8 @@ class ExpertModule(lightning.LightningModule):
         total = self.recipe.penalty * share * (self.scale * self.offsets).square().sum()
         if own:
             total = total + self.own_loss(own).sum() / self.plan.own_rows
+        elif self.objective.COMPLETIONS == "samples":
+            self.check_rewards(torch.zeros(0, self.recipe.samples, device=self.device), [])  # all processes meet there
         if neutral:
             total = total + self.neutral_loss(neutral).sum() / self.plan.neutral_rows
         return total
@@ -311,7 +319,7 @@ class ExpertModule(lightning.LightningModule):
         """Stop where there has been nothing to learn from for long: well, if all samples are right, else with an error.
 
         Args:
-            rewards: of the samples of a step (b g).
+            rewards: of the samples of a step (b g); none where a process has only neutral rows.
             replies: samples of its last context.
         """
         if rewards.shape[1] < 2:
@@ -325,7 +333,8 @@ class ExpertModule(lightning.LightningModule):
         if right:
             self.trainer.should_stop = True
             return
-        shown = "\n".join(f"  {worth:+.1f}  {reply!r}" for worth, reply in zip(rewards[-1], replies, strict=True))
+        worth = rewards[-1:].flatten().tolist()
+        shown = "\n".join(f"  {one:+.1f}  {reply!r}" for one, reply in zip(worth, replies, strict=True))
         raise TrainingError(
             f"For {SAME_REWARDS} steps all samples of every context were worth the same: there is nothing to learn "
             f"from. Train with sft or dpo first, or draw more samples. The last ones:\n{shown}"
@@ -525,13 +534,13 @@ class Run:
         asked = self.asked()
         trained = self._trained(asked)
         if trained is not None:
-            tasks = self._tasks()
+            tasks = self.tasks()
         else:
             with TemporaryDirectory() as scratch:
                 folder = self.out or Path(scratch)
                 trainer = trainer_of(folder, self.recipe, settings, self.progress)
                 with placed(self.model, trainer):
-                    tasks = self._tasks()
+                    tasks = self.tasks()
                     module = self._module(tasks, folder)
                     fit(module, trainer, folder)
                 if self.out is not None and is_rank_zero():
@@ -571,7 +580,8 @@ class Run:
         library = Library(self.out / "experts")
         return {name: library[name] for name in self.names} if set(library) >= set(self.names) else None
 
-    def _tasks(self) -> list[Task]:
+    def tasks(self) -> list[Task]:
+        """Return what every expert learns from."""
         return [self._task(name, skill) for name, skill in zip(self.names, self.skills, strict=True)]
 
     def _task(self, name: str, skill: str) -> Task:
@@ -610,13 +620,14 @@ class Run:
         return True
 
     def _module(self, tasks: Sequence[Task], folder: Path) -> ExpertModule:
-        neutrals = self._neutrals(tasks) if self.recipe.neutral else []
+        neutrals = self.neutrals(tasks) if self.recipe.neutral else []
         module = ExpertModule(self.model, tasks, self.against, self.objective, self.recipe, neutrals, folder)
         module.announces = self.progress and not sys.stderr.isatty()
         return module
 
-    def _neutrals(self, tasks: Sequence[Task]) -> list[Neutral]:
-        """Return contexts with the base's own replies: those of all examples, knowing questions, plain talk."""
+    def neutrals(self, tasks: Sequence[Task]) -> list[Neutral]:
+        """Return contexts with the base's own replies: those of all examples, knowing questions, plain talk; and those
+        of frozen experts' skills, with the replies of these experts."""
         found = [
             Neutral(task.name, one.prompt, one.own_ids) for task in tasks for one in task.examples.rows if one.own_ids
         ]
@@ -631,10 +642,27 @@ class Run:
         prompts = [one for _, one in asked]
         with self.model.using(None):
             said = answers(self.model, prompts, ends, "the base replies", batch_size=32, progress=self.progress)
+        said_of = list(zip(asked, said, strict=True))
+        for name, expert in self.against.items():
+            if not (theirs := self._prompts_for(expert)):
+                continue
+            with self.model.using(expert):
+                said = answers(self.model, theirs, ends, f"{name} replies", batch_size=32, progress=self.progress)
+            said_of += [((name, prompt), one) for prompt, one in zip(theirs, said, strict=True)]
         return found + [
             Neutral(owner, prompt.ids, [*one.reply, end] if len(one.reply) < prompt.room else one.reply)
-            for (owner, prompt), one in zip(asked, said, strict=True)
+            for (owner, prompt), one in said_of
         ]
+
+    def _prompts_for(self, expert: Expert) -> list[Prompt]:
+        """Return contexts in which a frozen expert's skill is due or not, a quarter as many as a skill has in training;
+        none where it is no skill that ships: a name in a file imports nothing."""
+        if expert.skill not in skill_names() or not getattr(load(expert.skill), "TRAINABLE", True):
+            return []
+        number = 2 * max(1, self.recipe.cases // 8)
+        cases = load(expert.skill).cases(self.world, "train", number, seed=self.recipe.seed)
+        room = self.recipe.max_new_tokens
+        return [prompt_of(self.model, one.messages, one.tools, [], room) for one in cases if self._fits(one)]
 
     def _question(self, case: Case) -> Prompt | None:
         """Return a case's knowing question, None where it is too long."""

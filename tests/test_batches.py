@@ -90,6 +90,15 @@ def test_parts_and_processes_deal_the_same_rows() -> None:
     assert dealt(1, 1) == dealt(4, 1) == dealt(1, 2) == dealt(2, 3)
 
 
+def test_a_frozen_expert_speaks_in_the_contexts_of_its_skill() -> None:
+    rows = [row for step in range(50) for row in plan(("ask",), frozen=("doubt", "old")).rows(step) if row.target]
+    theirs = [row for row in rows if row.prompt == [8]]  # the context of "doubt" in NEUTRALS
+    assert theirs
+    for row in theirs:
+        assert row.weights[:2] == [1.0, 1.0]
+        assert row.target == [0.0, *row.weights[1:]]
+
+
 def test_a_neutral_row_never_asks_for_the_base_where_an_expert_is_due() -> None:
     rows = [row for step in range(60) for row in plan(frozen=("old",), mixing=1.0).rows(step) if row.target]
     owner = {tuple(one.prompt): one.owner for one in NEUTRALS}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,17 @@ def test_a_new_expert_is_measured_from_the_frozen_ones() -> None:
     rows = [row for row in module.plan.rows(0) if row.target is not None]
     assert any(row.target[1] > 0 for row in rows if row.target)
     assert module.loss(rows).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_new_expert_leaves_the_frozen_ones_their_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "skill_names", lambda: ["fake.third"])
+    model = speaker()
+    old = replace(Expert.random(model.basis, std=0.3), skill="fake.third")
+    stranger = replace(old, skill="fake.doubt")  # does not ship: nothing is imported by the name in a file
+    module = module_of(model, ("fake.ask",), "sft", {"old": old, "other": stranger}, neutral=0.5, cases=16)
+    assert Counter(one.owner for one in module.plan.neutrals)["old"] == 4
+    assert {one.owner for one in module.plan.neutrals} <= {"ask", "", "old"}
 
 
 # --- whole runs

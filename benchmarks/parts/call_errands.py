@@ -1,0 +1,8 @@
+"""call, for the functions of one family."""
+
+from benchmarks.parts import ERRANDS, calls
+from svdexpert.skills.call import DEGENERATE, MOVE, OPENINGS, verify
+
+__all__ = ["DEGENERATE", "MOVE", "OPENINGS", "cases", "verify"]
+
+cases = calls(of=ERRANDS)
