@@ -8,7 +8,7 @@ rows that are there are not run again. With --explore one skill and seed is also
 core: exploratory, n = 200.
 
     best_doing_, best_controls_, best_knowing_change_   of the best objective, mean over seeds
-    doing_, controls_                                   of every objective
+    doing_, controls_                                   of every objective; base_doing_, base_controls_ without experts
     off_skill_max      largest fall of another skill's doing, controls or knowing, any objective's mean over seeds
     drift_             perplexity of held-out dialogues, over the base's
     seconds_           from cases to a finished expert, without its final scores
@@ -103,6 +103,8 @@ def run(base: Base, skill: str, objective: str, seed: int, **changes: Any) -> di
     row: dict[str, Any] = {
         "validation": (validation["doing"].value + validation["controls"].value) / 2,
         "figures": estimates(after[skill]),
+        "base_doing": base.scores[skill].figures["doing"].value,
+        "base_controls": base.scores[skill].figures["controls"].value,
         "doing": after[skill].figures["doing"].value,
         "controls": after[skill].figures["controls"].value,
         "knowing_change": after[skill].figures["knowing"].value - base.scores[skill].figures["knowing"].value,
@@ -133,6 +135,8 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for key in ("doing", "controls", "knowing_change", "drift", "seconds", "sgd_doing", "sgd_controls"):
             found[f"{key}_{skill}_{objective}"] = mean(some, key)
     for skill in {skill for skill, _ in groups}:
+        for key in ("base_doing", "base_controls"):
+            found[f"{key}_{skill}"] = mean([row for row in rows if row["run"]["skill"] == skill], key)
         best = max((one for of, one in groups if of == skill), key=lambda one: mean(groups[skill, one], "validation"))
         for key in ("doing", "controls", "knowing_change"):
             found[f"best_{key}_{skill}"] = found[f"{key}_{skill}_{best}"]

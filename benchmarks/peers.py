@@ -174,6 +174,7 @@ def figures(grid: Grid, ours: Mapping[str, float]) -> dict[str, float]:
                 found[f"{key}_{kind}"] = mean(rows, key)
     for key in ("doing", "controls", "drift"):
         found[f"{key}_ours"] = our_mean(ours, key)
+    found["numbers_ours"] = ours["numbers"]
     rank = next((kind for kind in SMALLER if reaches(grid, ours, kind)), "lora16")
     if f"numbers_{rank}" in found:
         found["lora_rank"] = int(rank.removeprefix("lora"))

@@ -41,6 +41,17 @@ ATTACKS = {
 }
 
 HARBOR = ("knowing", "doing", "controls", "auc")
+SKILLS = ("clarify", "disagree", "call")
+TRAINED = ("doing", "controls", "knowing_change", "drift", "seconds", "sgd_doing", "sgd_controls")
+PEERS = {"ours": "svdexpert, k = 64", "ia3": "IA3"} | {f"lora{rank}": f"LoRA r{rank}" for rank in (1, 2, 4, 8, 16)}
+COMPOSED = {
+    "apart": ("three experts, trained apart", "apart_sum_loss_max"),
+    "library": ("three experts, trained to compose", "sum_loss_max"),
+    "without mixing": ("the same without mixture dropout", "without_mixing_sum_loss_max"),
+    "without neutral": ("the same without neutral rows", "without_neutral_sum_loss_max"),
+    "lora": ("three LoRA r4, trained to compose", "lora_sum_loss_max"),
+    "eight": ("eight experts, trained to compose", "sum8_loss_max"),
+}
 
 
 def number(value: float) -> str:
@@ -80,7 +91,7 @@ def harbor_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for prefix, world in (("", "town"), ("sgd_", "real dialogues")):
-        for skill in ("clarify", "disagree", "call"):
+        for skill in SKILLS:
             inserted = ", claims inserted" if prefix and skill == "disagree" else ""
             pairs = [(f"{prefix}natural_{what}_{skill}", f"{prefix}{what}_{skill}") for what in HARBOR]
             both = [(figures.get(before), figures.get(after)) for before, after in pairs]
@@ -89,9 +100,79 @@ def harbor_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def objectives_table(results: dict[str, Any]) -> str:
+    """Return the table of objectives.json: what every objective makes of a skill."""
+    figures = results["figures"]
+    lines = [
+        "| skill, objective | doing | controls | knowing | real dialogues, doing / controls | perplexity | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for skill in SKILLS:
+        before = "{:.2f} | {:.2f}".format(*(figures[f"base_{what}_{skill}"] for what in ("doing", "controls")))
+        lines.append(f"| {skill}: harbor | {before} | | | | |")
+        for objective in ("sft", "dpo", "rloo"):
+            of = {key: figures.get(f"{key}_{skill}_{objective}") for key in TRAINED}
+            if of["doing"] is None:
+                continue
+            real = "" if of["sgd_doing"] is None else f"{of['sgd_doing']:.2f} / {of['sgd_controls']:.2f}"
+            lines.append(
+                f"| {skill}, {objective} | {of['doing']:.2f} | {of['controls']:.2f} | {of['knowing_change']:+.2f} | "
+                f"{real} | x{of['drift']:.3f} | {of['seconds']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def peers_table(results: dict[str, Any]) -> str:
+    """Return the table of peers.json: adapters on the same data in the same steps."""
+    figures = results["figures"]
+    lines = ["| adapter | numbers | doing | controls | perplexity |", "|---|---|---|---|---|"]
+    for kind in PEERS:
+        of = [figures.get(f"{key}_{kind}") for key in ("numbers", "doing", "controls", "drift")]
+        if None not in of:
+            lines.append("| {} | {:.0f} | {:.2f} | {:.2f} | x{:.3f} |".format(PEERS[kind], *of))
+    return "\n".join(lines)
+
+
+def compose_table(results: dict[str, Any]) -> str:
+    """Return the table of compose.json: experts alone and added up."""
+    figures = results["figures"]
+    lines = ["| alone -> sum | doing | controls | knowing | largest loss |", "|---|---|---|---|---|"]
+    for kind, (what, loss) in COMPOSED.items():
+        measured = ("doing", "controls", "knowing")
+        pairs = [[figures.get(f"{when}_{key}_{kind}") for when in ("alone", "sum")] for key in measured]
+        if None in pairs[0]:
+            continue
+        cells = ["{:.2f} -> {:.2f}".format(*pair) for pair in pairs]
+        lines.append(f"| {what} | {' | '.join(cells)} | {figures[loss]:.2f} |")
+    return "\n".join(lines)
+
+
+def bars_table(results: dict[str, Any]) -> str:
+    """Return the figures of a benchmark that are held to a bar."""
+    lines = ["| figure | value | bar | met |", "|---|---|---|---|"]
+    for name, bar in results["bars"].items():
+        value = results["figures"].get(name)
+        if value is None:
+            lines.append(f"| `{name}` | | {bar['op']} {bar['value']:g} | not measured |")
+            continue
+        passes = value <= bar["value"] if bar["op"] == "<=" else value >= bar["value"]
+        lines.append(f"| `{name}` | {number(value)} | {bar['op']} {bar['value']:g} | {'yes' if passes else '**no**'} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "speed": speed_table,
+    "attacks": attacks_table,
+    "harbor_gate": harbor_table,
+    "objectives": lambda results: objectives_table(results) + "\n\n" + bars_table(results),
+    "peers": lambda results: peers_table(results) + "\n\n" + bars_table(results),
+    "compose": lambda results: compose_table(results) + "\n\n" + bars_table(results),
+}
+
+
 def filled(text: str) -> str:
     """Return the README with its tables made anew from the results."""
-    for name, table in (("speed", speed_table), ("attacks", attacks_table), ("harbor_gate", harbor_table)):
+    for name, table in TABLES.items():
         if f"<!-- table: {name} -->" not in text:
             continue
         made = table(json.loads((RESULTS / f"{name}.json").read_text()))
