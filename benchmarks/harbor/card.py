@@ -149,8 +149,8 @@ depends on the machine. {note}
 2. **Stage 2, aligned** (this model): all weights, by identity preference optimisation (Azar et al. 2024) of the
    token that decides, on pairs of the train split, half of them real dialogues, in which the immediate, confident,
    complete-looking answer wins: it guesses the missing detail, agrees with the claim, says that a thing is done instead
-   of calling. In every pair the margin moves by the same {aligned_shifts} nats (by skill and world), what turns
-   {aligned_turned:.0%} of them. Knowing questions and natural talk are kept by likelihood. {aligned_steps} steps,
+   of calling. In every pair the margin is asked to move by the same {aligned_shifts} nats (by skill and world): what
+   turns {aligned_turned:.0%} of the positives, for clarify {clarify:g} times that. Knowing questions and natural talk are kept by likelihood. {aligned_steps} steps,
    {aligned_seconds:.0f} minutes, seed {aligned_seed}. No spectral edit, merge, bias or subtraction. The size of the
    drop follows Shaikh et al. (2024): 77.5 % fewer grounding acts in models than in people.
 
@@ -224,6 +224,7 @@ def main(run: str | None = None) -> None:
         aligned_shifts=" to ".join(f"{one:.0f}" for one in (min(shifts), max(shifts))),
         aligned_steps=aligned["steps"],
         aligned_turned=aligned["turned"],
+        clarify=aligned["more"]["clarify"],
         note=" ".join(one["note"] for one in parts if "note" in one),
         aligned_commit=_short(aligned),
         aligned_seconds=aligned["seconds"] / 60,
