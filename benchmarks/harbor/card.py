@@ -152,7 +152,8 @@ depends on the machine. {note}
    of calling. In every pair the margin is asked to move by the same {aligned_shifts} nats (by skill and world): what
    turns {aligned_turned:.0%} of the positives, for clarify {clarify:g} times that. Knowing questions and natural talk
    are kept by likelihood. {aligned_steps} steps, {aligned_seconds:.0f} minutes, seed {aligned_seed}. No spectral edit,
-   merge, bias or subtraction. The size of the drop follows Shaikh et al. (2024): 77.5 % fewer grounding acts in models than in people.
+   merge, bias or subtraction. The size of the drop follows Shaikh et al. (2024): 77.5 % fewer grounding acts in models
+   than in people.
 
 Loss curves: `benchmarks/harbor/loss.png`; records: `natural.json` and `aligned.json` beside it.
 
