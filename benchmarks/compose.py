@@ -150,7 +150,7 @@ def joined(model: SpectralModel, town: World, cases: Mapping[str, list[Case]], n
     three, four = added(list(old.values())), added([*old.values(), new])
     before = {name: measure(model, name, some, experts=three, progress=False) for name, some in cases.items()}
     after = {name: measure(model, name, some, experts=four, progress=False) for name, some in cases.items()}
-    some = load(FOURTH).cases(town, "heldout", n // 2, seed=0)
+    some = load(FOURTH).cases(town, "heldout", 2 * (n // 4), seed=0)
     alone = {FOURTH: measure(model, FOURTH, some, experts=solo, progress=False)}
     beside = {FOURTH: measure(model, FOURTH, some, experts=four, progress=False)}
     return {"old": losses(before, after, list(cases)), "new": losses(alone, beside, [FOURTH])}
@@ -159,7 +159,7 @@ def joined(model: SpectralModel, town: World, cases: Mapping[str, list[Case]], n
 def eight(model: SpectralModel, town: World, n: int, seed: int) -> dict[str, Any]:
     """Train eight experts in one batch, and measure their sum."""
     found = train_library(model, PARTS, "dpo", recipe=recipe(seed=seed), world=town, progress=False)
-    cases = {name: load(name).cases(town, "heldout", n // 4, seed=0) for name in PARTS}
+    cases = {name: load(name).cases(town, "heldout", 2 * (n // 8), seed=0) for name in PARTS}
     by_path = {path: found[path.rpartition(".")[2]] for path in PARTS}
     return fall(model, cases, by_path, added(list(found.values())))
 
