@@ -123,6 +123,7 @@ request, and does not act on it. What is measured on harbor says something about
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # folder: svdexpert/harbor in the installed package
+
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 ```
 
