@@ -21,7 +21,7 @@ slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.speed
 
 # torch goes first and alone, so that its pinned version is settled before anything else asks for "some torch".
 .venv/installed: pyproject.toml constraints.txt

@@ -1,6 +1,6 @@
 """What does a damaged, tampered or foreign adapter do: is it refused, or does it act?
 
-    python benchmarks/attacks.py            a minute at most; benchmarks/results/attacks.json
+    python -m benchmarks.attacks            a minute at most; benchmarks/results/attacks.json
 
 Every attack of `tests/attacks/mutations.py` is tried on an expert, and those that mean something for a LoRA are tried
 on a sound PEFT adapter of the same tiny Llama, each on a fresh copy. The same rule for both: *refused* is any exception
@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from provenance import commit, machine, versions
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.provenance import commit, machine, versions
 from svdexpert import Expert, SpectralModel
 from svdexpert.cli import run_command
 from svdexpert.storage import whole_file
@@ -420,7 +420,7 @@ def main(output: str = "benchmarks/results/attacks.json") -> None:
         "versions": versions(PACKAGES),
         "machine": machine(),
         "commit": commit(),
-        "command": "python " + " ".join(["benchmarks/attacks.py", *sys.argv[1:]]),
+        "command": "python -m " + " ".join(["benchmarks.attacks", *sys.argv[1:]]),
     }
     with whole_file(Path(output)) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

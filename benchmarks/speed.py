@@ -1,8 +1,8 @@
 """What does a mixture in every row cost, beside the alternatives?
 
-    python benchmarks/speed.py                          everything; benchmarks/results/speed.json
-    python benchmarks/speed.py --quick                  every figure, few repetitions, under 50 s; writes nothing
-    python benchmarks/speed.py --only='[decode]'        measure again what begins with `decode`, keep the rest
+    python -m benchmarks.speed                          everything; benchmarks/results/speed.json
+    python -m benchmarks.speed --quick                  every figure, few repetitions, under 50 s; writes nothing
+    python -m benchmarks.speed --only='[decode]'        measure again what begins with `decode`, keep the rest
 
 Every figure is printed beside its bar, met or missed. Figures of time are ratios of two ways to do the same thing,
 taken in one process: in every round each way runs once, the first one rotating, and the figure is the median over the
@@ -51,13 +51,13 @@ from peft import (
     get_peft_model,
     save_as_lora,
 )
-from provenance import commit, machine, versions
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
+from benchmarks.provenance import commit, machine, versions
 from svdexpert import Bank, Expert, Mixture, SpectralModel, decompose, export_lora
 from svdexpert.basis import Rank
 from svdexpert.cli import run_command
