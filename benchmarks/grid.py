@@ -5,6 +5,7 @@ A run that is there is not run again, so that a benchmark of hours can be stoppe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from svdexpert import SpectralModel
 from svdexpert.conversation import render, tokenizer_of
 from svdexpert.evaluate import FAMILIES, SkillResult, act, measure
 from svdexpert.mixture import Blend
+from svdexpert.model import check_base
 from svdexpert.skills import Case, load
 from svdexpert.storage import whole_file
 from svdexpert.worlds import World
@@ -49,10 +51,11 @@ class Grid:
 
     @classmethod
     def open(cls, name: str, bars: Mapping[str, tuple[str, float]]) -> Grid:
-        """Return the grid of `results/NAME.json`, empty if there is none."""
+        """Return the grid of `results/NAME.json`, without the runs of other weights of harbor."""
         path = RESULTS / f"{name}.json"
         kept = json.loads(path.read_text()) if path.is_file() else {"rows": [], "figures": {}}
-        return cls(path, kept["rows"], bars, kept["figures"])
+        rows = [row for row in kept["rows"] if row["weights"] == weights()]
+        return cls(path, rows, bars, kept["figures"] if rows else {})
 
     def find(self, **run: Any) -> list[dict[str, Any]]:
         """Return the rows whose run has these values."""
@@ -64,7 +67,7 @@ class Grid:
         if found:
             return found[0]
         print(", ".join(f"{key} {value}" for key, value in run.items()), flush=True)
-        row = {"run": dict(run), **make(), "commit": commit()}
+        row = {"run": dict(run), **make(), "weights": weights(), "commit": commit()}
         self.rows.append(row)
         self.write(self.figures)
         return row
@@ -92,6 +95,11 @@ class Grid:
             met = (value <= bar if op == "<=" else value >= bar) if op else None
             table.add_row(key, f"{value:.4g}", f"{op} {bar:g}" if op else "", {None: "", True: "yes", False: "NO"}[met])
         Console(width=110).print(table)
+
+
+def weights() -> str:
+    """Return a digest of harbor's weights."""
+    return hashlib.sha256((Path(check_base("harbor")) / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:

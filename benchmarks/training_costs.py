@@ -9,8 +9,8 @@ dpo_peak_over_trl       DPO on the shape of Qwen2.5-0.5B, fp32, 2 pairs of 64 to
 
 from __future__ import annotations
 
-import os
 import statistics
+import time
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -49,13 +49,9 @@ def four_in_one_batch(rounds: int = 40) -> dict[str, Any]:
         ours, lora = SpectralModel.from_pretrained("harbor", dtype="float32", progress=False), lora_like_ours(16)
         ids = torch.randint(ours.hf.config.vocab_size, (EXPERTS * rows, TOKENS))
         steps = {"ours": of_ours(ours, ids), "lora": of_lora(lora, ids)}
-        timings = interleaved(steps, rounds, clock)
+        timings = interleaved(steps, rounds, time.perf_counter)
         found[str(rows)] = {"lora_over_ours": timings.ratio("lora", "ours"), **timings.details()}
     return found
-
-
-def clock() -> float:
-    return os.times().elapsed
 
 
 def of_ours(model: SpectralModel, ids: Tensor) -> Step:

@@ -30,6 +30,8 @@ def test_a_run_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(made) == 1
     assert opened.find(skill="call")
     assert not opened.find(skill="call", seed=1)
+    monkeypatch.setattr(grid, "weights", lambda: "others")
+    assert not Grid.open("some", {}).rows  # a run on other weights of harbor says nothing about these
 
 
 def test_a_bank_of_adapters_is_what_peft_computes() -> None:
