@@ -19,12 +19,12 @@ from benchmarks.harbor.corpus import Document, case_documents, encode, fact_docu
 from benchmarks.harbor.drills import LESSONS, drill
 from benchmarks.harbor.renaming import with_other_names
 from benchmarks.harbor.rows import logprobs, rows
-from benchmarks.harbor.services import services
+from benchmarks.harbor.services import UnseenTown, services
 from benchmarks.harbor.tokenizer import train_tokenizer
-from benchmarks.harbor.varied import BEFORE, BEHIND, VariedTown
+from benchmarks.harbor.varied import BEFORE, BEHIND, VariedTown, given_otherwise
 from svdexpert import skills
 from svdexpert.evaluate import FAMILIES
-from svdexpert.worlds import Message, Tool
+from svdexpert.worlds import Message, Split, Tool
 from svdexpert.worlds.town import BANKS, CLAIMS, FIELDS, KITS, PARAMS, Town
 
 
@@ -68,10 +68,13 @@ def test_no_phrase_of_another_split_is_in_the_phrases_of_training(split: str) ->
             assert not [one for one in theirs if re.search(rf"\b{ours}\b", one)], ours
 
 
-def test_services_are_no_functions_of_other_splits() -> None:
-    theirs = [kit for kit in KITS.values() if kit.split != "train"]
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_services_are_no_functions_of_other_splits(split: Split) -> None:
+    theirs = [kit for kit in KITS.values() if kit.split != split]
+    if split == "validation":
+        theirs += services().values()
     asked_for = {phrase for kit in theirs for phrase in kit.cores.all}
-    for kit in services().values():
+    for kit in services(split).values():
         assert kit.name not in KITS
         assert not any(set(kit.required) == set(other.required) for other in theirs), kit.name
         assert not asked_for & set(kit.phrases("train"))
@@ -82,13 +85,33 @@ def test_services_are_no_functions_of_other_splits() -> None:
                 assert not set(one.inline) & set(other.inline), (kit.name, one.name, other.name)
 
 
-def test_how_users_give_a_parameter_of_another_split_is_worded_otherwise() -> None:
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_how_users_give_a_parameter_of_another_split_is_worded_otherwise(split: Split) -> None:
     known = {name for kit in KITS.values() if kit.split == "train" for name in kit.params}
-    for kit in services().values():
+    trained = {name: one for kit in services().values() for name, one in kit.params.items()}
+    for kit in services(split).values():
         for name in kit.params.keys() - known:
-            ours, theirs = kit.params[name], PARAMS[name]
-            assert not set(ours.inline) & set(theirs.inline), name
-            assert not set(ours.asks) & set(theirs.asks), name
+            for theirs in [PARAMS[name]] if split == "train" else [PARAMS[name], trained[name]]:
+                assert not set(kit.params[name].inline) & set(theirs.inline), name
+                assert not set(kit.params[name].asks) & set(theirs.asks), name
+
+
+def test_no_fragment_of_the_town_is_made_again(town: VariedTown) -> None:
+    dice = town.dice("train", "fragments")
+    for kit in services().values():
+        for _ in range(20):
+            for name, one in given_otherwise(dice, kit).params.items():
+                assert one.inline == kit.params[name].inline or not set(one.inline) & set(PARAMS[name].inline)
+
+
+def test_functions_to_look_at_are_in_no_case_of_training(town: VariedTown) -> None:
+    ours = set(services("validation"))
+    for name in ("clarify", "disagree", "call"):
+        skill = skills.load(name)
+        assert not {one["function"]["name"] for case in skill.cases(town, "train", 60) for one in case.tools} & ours
+        looked_at = [case for case in skill.cases(UnseenTown(), "validation", 60) if "unseen_tool" in case.tags]
+        assert looked_at
+        assert name == "disagree" or {case.cluster.split("/")[-1] for case in looked_at} <= ours
 
 
 def test_the_varied_town_has_the_other_splits_as_they_are(town: VariedTown) -> None:

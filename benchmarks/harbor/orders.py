@@ -11,7 +11,7 @@ import random
 from dataclasses import replace
 from functools import cache
 
-from benchmarks.harbor.varied import VariedTown
+from benchmarks.harbor.varied import VariedTown, given_otherwise
 from benchmarks.harbor.words import COMMON, FIELDS, SMALL, WORDS, name, noun
 from svdexpert.skills import call, clarify, required
 from svdexpert.worlds import Message, Tool, assistant, calling, user
@@ -62,7 +62,7 @@ def different_kits(dice: Dice, number: int) -> list[Kit]:
     functions that no training text has were called by known names."""
     kits: dict[str, Kit] = {}
     while len(kits) < number:
-        kit = made_up(dice, wide(dice.rng)) if dice.chance(MADE_UP_SHARE) else dice.kit()
+        kit = given_otherwise(dice, made_up(dice, wide(dice.rng))) if dice.chance(MADE_UP_SHARE) else dice.kit()
         kit = replace(kit, name=kit.name.replace(" ", "_"))
         if not kit.made_up:
             kit = renamed(dice, kit) if dice.chance(RENAMED_SHARE) else reworded(dice, kit)

@@ -4,7 +4,8 @@
 
 Reads the last state that was saved, so it can be asked while a run goes on (it takes a thread from it). Of an exercise
 it prints the share of replies whose first token is likeliest, and of replies all of whose tokens are; of cases the
-share of right replies and of right answers to the knowing question, by positives and controls, and by tag.
+share of right replies and of right answers to the knowing question, by positives and controls, and by tag, in the town
+and in the town with more functions that training has not.
 A recipe is changed by the validation split; heldout is the gate's.
 """
 
@@ -22,6 +23,7 @@ from benchmarks.harbor.corpus import RUN, Document, ending
 from benchmarks.harbor.drills import LESSONS
 from benchmarks.harbor.natural import config
 from benchmarks.harbor.rows import logprobs, replies, rows
+from benchmarks.harbor.services import UnseenTown
 from svdexpert import skills
 from svdexpert.evaluate import FAMILIES
 from svdexpert.skills import Case
@@ -48,10 +50,10 @@ def exercises(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: in
         print(f"{name:14} begins {sum(began) / len(began):.2f}  whole {sum(whole) / len(whole):.2f}  of {len(began)}")
 
 
-def town(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, split: Split, n: int) -> None:
+def town(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: Town, split: Split, n: int) -> None:
     """Print what it does and knows in n cases a skill."""
     for name in FAMILIES:
-        cases = skills.load(name).cases(Town(), split, n, seed=7)
+        cases = skills.load(name).cases(world, split, n, seed=7)
         made = replies(model, tokenizer, cases)
         verdicts = [skills.load(name).verify(case, reply) for case, reply in zip(cases, made, strict=True)]
         knew = [knows(model, tokenizer, case) for case in cases]
@@ -95,7 +97,9 @@ def main() -> None:
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(options.run / "tokenizer")
     exercises(model, tokenizer, options.n)
-    town(model, tokenizer, options.split, options.n)
+    town(model, tokenizer, Town(), options.split, options.n)
+    print("with functions of unseen.toml:")
+    town(model, tokenizer, UnseenTown(), "validation", options.n)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,17 @@ reads are put together of common words. They make little sense; all that is to b
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from benchmarks.harbor.services import services
 from benchmarks.harbor.words import COMMON, WORDS, name
 from svdexpert.worlds import Split
-from svdexpert.worlds.town import Dice, Kit, Town
+from svdexpert.worlds.town import PARAMS, Dice, Kit, Param, Town
 
 SHARE = 0.4  # of the phrases that a user's turn is put together of
+OTHERWISE = 0.6  # share of the details that are given in words of this module
+BINDING = "of in by with from at for to on about near under over through as".split()  # noqa: SIM905 - reads best so
 
 BEFORE = (
     "listen,", "fact is,", "everyone knows that", "the poster says", "let me tell you,", "I am positive that",
@@ -59,8 +62,12 @@ class VariedDice(Dice):
         return [_made(self.rng, bank) if self.chance(SHARE) else line for line in super().lines(bank, number)]
 
     def kits(self) -> list[Kit]:
-        """Return the town's functions, each four times, and those of `services`."""
-        return [*(4 * super().kits()), *services().values()]
+        """Return the town's functions, each twice, and those of `services`."""
+        return [*(2 * super().kits()), *services().values()]
+
+    def kit(self, fits_it: Callable[[Kit], bool] = lambda kit: True) -> Kit:
+        """Return a function whose details users give in more ways."""
+        return given_otherwise(self, super().kit(fits_it))
 
     def claim(self, form: str) -> str:
         """Return a frame of a claim, or one like those of its form."""
@@ -70,6 +77,40 @@ class VariedDice(Dice):
         if form != "inside_request":
             return f"{before} {{c}}{self.pick(BEHIND)}"
         return f"{{r}} {before.capitalize()} {{c}}." if self.chance(0.5) else f"{before} {{c}}. {{r}}"
+
+
+def given_otherwise(dice: Dice, kit: Kit) -> Kit:
+    """Return a function, a share of whose parameters users give in other words.
+
+    A model that had read three fragments of every parameter asked "Which flower is it?" where users said "made of pale
+    violets". What no other parameter of the function could take is told by what it is, in any words; of others the
+    parameter's own words tell.
+    """
+    params = dict(kit.params)
+    for key, one in kit.params.items():
+        if not dice.chance(OTHERWISE):
+            continue
+        kinds = [other.kind.split()[-1] for name, other in kit.params.items() if name != key]
+        forms = {_fragment(dice.rng, one, alone=one.kind.split()[-1] not in kinds) for _ in range(3)}
+        kept = tuple(sorted(forms - set(PARAMS[key].inline if key in PARAMS else ())))  # none that a split keeps
+        params[key] = replace(one, inline=kept or one.inline)
+    return replace(kit, params=params)
+
+
+def _fragment(rng: random.Random, param: Param, *, alone: bool) -> str:
+    """Return a fragment that gives a parameter."""
+    bind, word, words = rng.choice(BINDING), rng.choice(COMMON if rng.random() < 0.6 else WORDS), param.words
+    if alone and rng.random() < 0.75:
+        return rng.choice((f"{bind} {{v}}", f"{bind} the {{v}}", f"{word} {bind} {{v}}", f"{word} {{v}}"))
+    named = (
+        f"{words} {{v}}",
+        f"{bind} {words} {{v}}",
+        f"with {{v}} as {words}",
+        f"the {words} {word} {{v}}",
+        f"{bind} {{v}} for the {words}",
+        f"{word} {{v}} as the {words}",
+    )
+    return rng.choice(named)
 
 
 def _made(rng: random.Random, bank: str) -> str:

@@ -491,7 +491,7 @@ def made_up(dice: Dice, words: Mapping[str, Words] = MADE_UP) -> Kit:
     verb, noun = dice.pick(words["verbs"]), dice.pick(words["nouns"])
     number = rng.choice((3, 3, 4, 4, 5))
     needed = max(2, number - rng.choice((0, 1, 1, 2)))
-    known = [param for kit in dice.kits() if kit.split == "train" for param in kit.params.values()]
+    known = list({one.name: one for kit in dice.kits() if kit.split == "train" for one in kit.params.values()}.values())
     params: dict[str, Param] = {}
     while len(params) < number:
         if dice.chance(0.8):
