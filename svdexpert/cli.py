@@ -376,6 +376,14 @@ def train_experts(
     folder = Path(out or f"runs/train/{name}")
     frozen = _experts(against)
     if frozen:
+        asked = {"k": (k, 64), "support": (support, "top"), "first_layer": (first_layer, None)}
+        theirs = next(iter(frozen.values())).key
+        for setting, (value, default) in asked.items():
+            if value not in (default, found := getattr(theirs, setting)):
+                raise BasisError(
+                    f"--{setting} is {value}, but the experts of {against} have {found}, and all that work beside one "
+                    f"another have one basis: leave --{setting} out."
+                )
         loaded = _load_for(model, frozen, calibration, revision, dtype, None, trust_remote_code)
     else:
         loaded = SpectralModel.from_pretrained(

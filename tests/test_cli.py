@@ -232,3 +232,10 @@ def test_a_benchmark_on_few_real_dialogues_leaves_out_what_needs_many(
     assert "is no text in UTF-8" in told
     told = run("bench", "knowing-doing", "--model", base, "--n", 3, fails=True)
     assert "even number" in told
+
+
+def test_another_basis_than_that_of_frozen_experts_is_refused(run: Run, base: Path, library: Path) -> None:
+    words = ["train", "clarify", "--model", base, "--against", library, "--out", library.parent / "run"]
+    assert "--k is 16, but the experts" in run(*words, "--k", 16, fails=True)
+    assert "--first_layer is 0, but" in run(*words, "--first_layer", 0, fails=True)
+    assert not (library.parent / "run").exists()
