@@ -626,8 +626,8 @@ class Run:
         return module
 
     def neutrals(self, tasks: Sequence[Task]) -> list[Neutral]:
-        """Return contexts with the base's own replies: those of all examples, knowing questions, plain talk; and those
-        of frozen experts' skills, with the replies of these experts."""
+        """Return contexts with the base's own replies: those of all examples, knowing questions of a quarter of them,
+        plain talk; and those of frozen experts' skills, with the replies of these experts."""
         found = [
             Neutral(task.name, one.prompt, one.own_ids) for task in tasks for one in task.examples.rows if one.own_ids
         ]
@@ -635,7 +635,8 @@ class Run:
         for task in tasks:
             if not task.examples.cases:
                 asked += [(task.name, Prompt(one.prompt, [], room)) for one in task.examples.rows]
-            asked += [("", one) for case in task.examples.cases.values() if (one := self._question(case))]
+            some = list(task.examples.cases.values())[: self._few]
+            asked += [("", one) for case in some if (one := self._question(case))]
         if any(task.examples.cases for task in tasks):
             asked += [("", one) for one in self._plain_talk()]
         end, ends = turn_ends(self.model)
@@ -654,13 +655,17 @@ class Run:
             for (owner, prompt), one in said_of
         ]
 
+    @property
+    def _few(self) -> int:
+        """A quarter as many contexts as a skill has in training, an even number: rows for what must stay are few."""
+        return 2 * max(1, self.recipe.cases // 8)
+
     def _prompts_for(self, expert: Expert) -> list[Prompt]:
-        """Return contexts in which a frozen expert's skill is due or not, a quarter as many as a skill has in training;
-        none where it is no skill that ships: a name in a file imports nothing."""
+        """Return contexts in which a frozen expert's skill is due or not; none where it does not ship: a name in
+        a file imports nothing."""
         if expert.skill not in skill_names() or not getattr(load(expert.skill), "TRAINABLE", True):
             return []
-        number = 2 * max(1, self.recipe.cases // 8)
-        cases = load(expert.skill).cases(self.world, "train", number, seed=self.recipe.seed)
+        cases = load(expert.skill).cases(self.world, "train", self._few, seed=self.recipe.seed)
         room = self.recipe.max_new_tokens
         return [prompt_of(self.model, one.messages, one.tools, [], room) for one in cases if self._fits(one)]
 
@@ -674,7 +679,7 @@ class Run:
     def _plain_talk(self) -> list[Prompt]:
         """Return openings of conversations in which nothing is asked for, none where the world has no such thing."""
         try:
-            talk = self.world.requests("train", self.recipe.cases // 2, kind="unserved", seed=self.recipe.seed)
+            talk = self.world.requests("train", 2 * self._few, kind="unserved", seed=self.recipe.seed)
         except SvdExpertError:
             return []
         some = [one for one in talk if "talk" in one.tags or "small_talk" in one.tags]
