@@ -26,6 +26,9 @@ from svdexpert.objectives import Completions
 
 T = TypeVar("T")
 _EXAMPLE, _WEIGHTS, _SAMPLES, _EPOCH = range(4)  # what a stream of random numbers is for
+OWN = 0.5
+"""Share of the pairs in which the base's own wrong reply is the one to reject, where there is one: what it would say
+teaches more than what nobody says. The other pairs draw from all wrong replies."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ class Plan:
         if self.completions != "samples":
             completions.append(_pick(example.chosen_ids, draws))
         if self.completions == "pair":
-            completions.append(_pick(example.rejected_ids, draws))
+            own = example.own_ids in example.rejected_ids and draws.random() < OWN
+            completions.append(example.own_ids if own else _pick(example.rejected_ids, draws))
         return Row(expert, weights, None, example.prompt, completions, example.id, seeds)
 
     def _neutral(self, expert: int, draws: np.random.Generator) -> Neutral:

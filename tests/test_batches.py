@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -58,6 +59,17 @@ def test_every_example_comes_once_an_epoch() -> None:
     rows = [row for step in range(4) for row in plan(("ask",), neutral=0.0).rows(step)]
     # 32 rows: 16 of 6 positives, 16 of 6 controls
     assert set(Counter(row.case for row in rows).values()) <= {2, 3}
+
+
+def test_the_wrong_reply_of_the_base_is_rejected_most() -> None:
+    one = some("ask")
+    wrong = Examples("ask", tuple(replace(row, own_ids=[9]) for row in one.rows))
+    counted = []
+    for examples in (one, wrong):
+        drawn = Plan([examples], (), (), "pair", 8, mixing=0.0, neutral=0.0, seed=0)
+        counted.append(Counter(row.completions[1][0] for step in range(100) for row in drawn.rows(step)))
+    assert 0.4 < counted[0][9] / 800 < 0.6  # [5] is right
+    assert 0.7 < counted[1][9] / 800 < 0.8
 
 
 def test_another_expert_beside_changes_no_row() -> None:
