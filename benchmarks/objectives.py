@@ -159,6 +159,7 @@ TRIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "k=16, sensitivity": ({"k": 16, "support": "sensitivity"}, {}),
     "first_layer=0": ({"first_layer": 0}, {}),
     "first_layer=3": ({"first_layer": 3}, {}),
+    "on all tokens": ({}, {"activated": False}),
 }
 """What is explored: settings of the basis, and of the recipe."""
 

@@ -2,12 +2,14 @@
 
     contexts (b t) --once, under the rows' mixtures--> cache --repeated g times--> completions (b g t)
 
-A context is computed once, however many completions stand behind it, and gradients flow through its cache. Contexts are
+A context is computed once, however many completions stand behind it, and gradients flow through its cache. Of activated
+experts it is the base's up to where they begin to act: it needs no gradient, and serves every mixture. Contexts are
 padded on the left and completions on the right, so that all of a batch meet in one place.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +21,12 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from svdexpert.conversation import Forward, left_padded
 from svdexpert.errors import TrainingError
+from svdexpert.layers import active_in
 from svdexpert.mixture import Mixture
 from svdexpert.model import SpectralModel
 
@@ -57,13 +60,41 @@ class Batch:
         return cls(ids, seen, torch.tensor(padded, device=device), mask.to(device))
 
 
-def logits(model: SpectralModel, mixture: Mixture | None, batch: Batch, *, recompute: bool = False) -> Tensor:
+@torch.no_grad()
+def prefill(model: SpectralModel, batch: Batch, invocation: Sequence[int]) -> Cache | None:
+    """Return what the base makes of the contexts up to where experts with these invocation tokens act.
+
+    None where there is nothing of the kind, or the model has another kind of cache.
+
+    Raises:
+        MixtureError: a context without the invocation.
+    """
+    active = active_in(batch.contexts, invocation, behind=False) if invocation else None
+    if active is None or not _differentiable_cache(model):
+        return None
+    cache, before = DynamicCache(config=model.hf.config), slice(0, active.start)
+    with model.using(None):
+        Forward(model.hf).logits(
+            batch.contexts[:, before], batch.seen[:, before], 1, past_key_values=cache, use_cache=True
+        )
+    return cache
+
+
+def logits(
+    model: SpectralModel,
+    mixture: Mixture | None,
+    batch: Batch,
+    before: Cache | None = None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
     """Return the logits that every token of every completion is drawn from (b g t v), in the model's dtype.
 
     Args:
         model: attached.
         mixture: one for all rows, or one a context; None is the base.
         batch: what is scored.
+        before: of `prefill`, with the invocation of the mixture; it stays as it is.
         recompute: keep no activations of decoder layers, and compute them again in the backward pass.
 
     Raises:
@@ -79,6 +110,16 @@ def logits(model: SpectralModel, mixture: Mixture | None, batch: Batch, *, recom
         whole = torch.cat([repeat(batch.contexts, "b t -> (b g) t", g=g), tails[:, :-1]], -1)
         with model.using(mixtures), _recomputing(model, recompute):
             found = forward.logits(whole, behind, t, use_cache=False)
+        return rearrange(found, "(b g) t v -> b g t v", g=g)
+    if before is not None:
+        cache = copy.copy(before)
+        cache.layers = [copy.copy(layer) for layer in before.layers]  # what is added replaces their tensors
+        cache.batch_repeat_interleave(g)
+        opening = repeat(batch.contexts[:, before.get_seq_length() :], "b t -> (b g) t", g=g)
+        with model.using(mixtures):
+            found = forward.logits(
+                torch.cat([opening, tails[:, :-1]], -1), behind, t, past_key_values=cache, use_cache=True
+            )
         return rearrange(found, "(b g) t v -> b g t v", g=g)
     cache = DynamicCache(config=model.hf.config)
     with model.using(mixture):

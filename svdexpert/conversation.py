@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from svdexpert.errors import MixtureError, SvdExpertError, TooLongError
-from svdexpert.layers import device_of
+from svdexpert.layers import active_in, device_of
 from svdexpert.model import SpectralModel
 from svdexpert.reply import CLOSE, OPEN, Call, read, write_call
 from svdexpert.worlds import Message, Tool, assistant, calling, result, tool, user
@@ -180,6 +180,31 @@ def tokenizer_of(model: SpectralModel) -> PreTrainedTokenizerBase:
     if model.tokenizer is None:
         raise SvdExpertError("This model has no tokenizer: attach it with SpectralModel.attach(hf, tokenizer).")
     return model.tokenizer
+
+
+def invocation_of(model: SpectralModel) -> tuple[int, ...]:
+    """Return the tokens with which the chat template opens a reply: activated experts act from there on.
+
+    Raises:
+        SvdExpertError: there is no chat template, or it opens a reply with nothing of its own.
+    """
+    tokenizer, said = tokenizer_of(model), [user("Hello.")]
+    if tokenizer.chat_template is None:
+        raise SvdExpertError(
+            "Activated experts act from where the chat template opens a reply, and the tokenizer has none: set "
+            "tokenizer.chat_template, or train with activated=False."
+        )
+    # As callers of the template write it, so not told to leave out thinking; what that adds comes behind.
+    closed, opened = (
+        cast(Any, tokenizer.apply_chat_template(said, add_generation_prompt=one, return_dict=True))["input_ids"]
+        for one in (False, True)
+    )
+    if opened[: len(closed)] != closed or len(opened) == len(closed):
+        raise SvdExpertError(
+            "The chat template opens a reply with no tokens of its own, so activated experts have nothing to act from: "
+            "train with activated=False."
+        )
+    return tuple(opened[len(closed) :])
 
 
 def turn_ends(model: SpectralModel) -> tuple[int, set[int]]:
@@ -402,16 +427,27 @@ def answers(
     with torch.inference_mode():
         for batch in watch(batches, doing, progress):
             found.update(
-                zip(batch, _batch(forward, [prompts[place] for place in batch], ends, batch_size), strict=True)
+                zip(batch, _batch(model, forward, [prompts[place] for place in batch], ends, batch_size), strict=True)
             )
     return [found[place] for place in range(len(prompts))]
 
 
-def _batch(forward: Forward, prompts: Sequence[Prompt], ends: set[int], batch_size: int) -> list[Answer]:
+def _batch(
+    model: SpectralModel, forward: Forward, prompts: Sequence[Prompt], ends: set[int], batch_size: int
+) -> list[Answer]:
     ids, mask = left_padded([prompt.ids for prompt in prompts], forward.device)
     cache = forward.cache(ids.shape[1] + max(prompt.room for prompt in prompts))
     width = max(1, PREFILL_TOKENS // len(prompts))
-    for start in range(0, ids.shape[1], width):
+    behind = 0  # before it, activated experts are the base
+    invocation = () if model._scope.mixture is None else model._scope.mixture.invocation
+    if invocation and (active := active_in(ids, invocation, behind=False)) is not None:
+        behind = active.start
+        with model.using(None):
+            for start in range(0, behind, width):
+                piece = slice(start, min(start + width, behind))
+                forward(ids[:, piece], mask[:, : piece.stop], cache, last=True)
+        width = ids.shape[1]
+    for start in range(behind, ids.shape[1], width):
         piece = slice(start, start + width)
         first = forward(ids[:, piece], mask[:, : piece.stop], cache, last=True)[:, 0]  # (b v)
     scores: list[list[list[float]]] = [[[] for _ in prompt.continuations] for prompt in prompts]

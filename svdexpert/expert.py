@@ -62,6 +62,8 @@ class Expert:
         offsets: fp32, by matrix name; (k), or (k k) for a dense core.
         singular_values: fp32, by matrix name (k), those of the basis.
         core: "diag" or "dense".
+        invocation: ids of the tokens from whose last occurrence on it acts ("activated"): those with which the chat
+            template opens a reply; () acts on all tokens.
         skill: what it was trained for.
         objective: how it was trained.
         config: the resolved configuration of the run that made it (JSON values).
@@ -77,6 +79,7 @@ class Expert:
     offsets: Mapping[str, Tensor]
     singular_values: Mapping[str, Tensor]
     core: Core = "diag"
+    invocation: tuple[int, ...] = ()
     skill: str | None = None
     objective: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +121,7 @@ class Expert:
             basis: what the offsets are for.
             offsets: by matrix name; (k), or (k k) for a dense core.
             core: kind of offsets.
-            card: any of skill, objective, config, seed, scores.
+            card: any of invocation, skill, objective, config, seed, scores.
         """
         copied = {name: one.detach().to("cpu", torch.float32, copy=True) for name, one in offsets.items()}
         return cls(basis.key, copied, basis.singular_values, core, **card)
@@ -159,7 +162,7 @@ class Expert:
     def __add__(self, other: Expert) -> Expert:
         if not isinstance(other, Expert):
             return NotImplemented
-        self.check_fits(other.key, other.core, who=f"cannot add {self}", to=f"{other}")
+        self.check_fits(other.key, like=other, who=f"cannot add {self}", to=f"{other}")
         skill = " + ".join(filter(None, (self.skill, other.skill))) or None
         return self._like({name: self.offsets[name] + other.offsets[name] for name in self.offsets}, skill)
 
@@ -193,6 +196,7 @@ class Expert:
             return NotImplemented
         return (
             self.core == other.core
+            and self.invocation == other.invocation
             and self.key.matrices == other.key.matrices
             and not self.key.differences(other.key)
             and all(torch.equal(self.offsets[name], other.offsets[name]) for name in self.offsets)
@@ -210,24 +214,37 @@ class Expert:
 
     def dot(self, other: Expert) -> float:
         """Return the Frobenius inner product of two changes of the weights: sum_i s_i^2 d_i d'_i."""
-        self.check_fits(other.key, other.core, who=f"cannot compare {self}", to=f"{other}")
+        self.check_fits(other.key, core=other.core, who=f"cannot compare {self}", to=f"{other}")
         return sum(float((self.change(name).double() * other.change(name).double()).sum()) for name in self.offsets)
 
     def __repr__(self) -> str:
         numbers = sum(one.numel() for one in self.offsets.values())
-        return f"Expert({self.skill or 'unnamed'}, {numbers} offsets, {self.core}, for {self.key})"
+        activated = ", activated" if self.invocation else ""
+        return f"Expert({self.skill or 'unnamed'}, {numbers} offsets, {self.core}{activated}, for {self.key})"
 
     # --- does it fit?
 
-    def check_fits(self, key: BasisKey, core: Core | None = None, *, who: str = "", to: str = "this model") -> None:
-        """Raise unless this expert may act on the basis `key`.
+    def check_fits(
+        self,
+        key: BasisKey,
+        *,
+        core: Core | None = None,
+        like: Expert | None = None,
+        who: str = "",
+        to: str = "this model",
+    ) -> None:
+        """Raise unless this expert may act on the basis `key`, with this core, and beside another expert.
 
         Raises:
-            MismatchError: another base, revision, support, k, first layer, set of matrices or core; it lists them all.
+            MismatchError: another base, revision, support, k, first layer, set of matrices, core or invocation; it
+                lists them all.
         """
         found = key.differences(self.key)
+        core = like.core if like is not None else core
         if core is not None and core != self.core:
             found.append(f"core {self.core}, here {core}")
+        if like is not None and like.invocation != self.invocation:
+            found.append(f"acts {_where(self.invocation)}, here {_where(like.invocation)}")
         if found:
             raise MismatchError(
                 f"{who or self}: made for {self.key}, {to} is {key}.\n"
@@ -236,7 +253,7 @@ class Expert:
                 "with the same k, support and first_layer."
             )
 
-    def check_on(self, basis: Basis, core: Core | None = None, *, who: str = "") -> None:
+    def check_on(self, basis: Basis, *, core: Core | None = None, like: Expert | None = None, who: str = "") -> None:
         """Raise unless this expert may act on `basis`: its key fits, and its singular values are those of the basis.
 
         The values also tell apart two supports chosen on different calibration data.
@@ -244,7 +261,7 @@ class Expert:
         Raises:
             MismatchError: it does not fit.
         """
-        self.check_fits(basis.key, core, who=who)
+        self.check_fits(basis.key, core=core, like=like, who=who)
         for name, ours in basis.singular_values.items():
             theirs = self.singular_values[name]
             if not torch.allclose(theirs, ours, rtol=1e-4, atol=1e-6 * float(ours.max())):
@@ -343,6 +360,7 @@ class Expert:
             )
             kinds = {kind: {n: one[n] for n in (*key.matrices, *one) if n in one} for kind, one in kinds.items()}
             described = {name: card[name] for name in ("core", "skill", "objective", "config", "seed", "scores")}
+            described["invocation"] = tuple(card["invocation"])
             return cls(key, kinds["offsets"], kinds["singular_values"], **described, version=card["library_version"])
         except ExpertError as error:
             raise ExpertError(f"{folder}: {error}") from None
@@ -359,6 +377,7 @@ class Expert:
             "support": self.key.support,
             "first_layer": self.key.first_layer,
             "core": self.core,
+            "invocation": list(self.invocation),
             "matrices": {
                 name: {"shape": list(one.shape), "k": one.k, "fingerprint": one.fingerprint}
                 for name, one in self.key.matrices.items()
@@ -369,6 +388,10 @@ class Expert:
             "seed": self.seed,
             "scores": dict(self.scores),
         }
+
+
+def _where(invocation: tuple[int, ...]) -> str:
+    return f"from the tokens {list(invocation)} on" if invocation else "on all tokens"
 
 
 def offset_shapes(key: BasisKey, core: Core) -> dict[str, tuple[int, ...]]:
@@ -420,7 +443,7 @@ def conflict(a: Expert, b: Expert) -> Conflict:
     Raises:
         MismatchError: they are for different bases or have different cores.
     """
-    a.check_fits(b.key, b.core, who=f"cannot compare {a}", to=f"{b}")
+    a.check_fits(b.key, core=b.core, who=f"cannot compare {a}", to=f"{b}")
     changes = {name: (a.change(name).double().flatten(), b.change(name).double().flatten()) for name in a.offsets}
     both = tuple(torch.cat(side) for side in zip(*changes.values(), strict=True))
     return Conflict(_overlap(*both), {name: _overlap(*pair) for name, pair in changes.items()})
@@ -476,6 +499,7 @@ _CARD_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "support": (lambda x: x in get_args(Support), " or ".join(get_args(Support))),
     "first_layer": (_is_count, "a whole number from 0"),
     "core": (lambda x: x in get_args(Core), " or ".join(get_args(Core))),
+    "invocation": (lambda x: isinstance(x, list) and all(map(_is_count, x)), "a list of token ids"),
     "matrices": (
         lambda x: isinstance(x, dict) and bool(x) and all(map(_is_matrix, x.values())),
         "shape, k and fingerprint by matrix name",

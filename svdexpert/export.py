@@ -6,6 +6,9 @@ A mixture is an expert (`0.7 * a + 0.3 * b`), so it exports as one LoRA of the s
 change is in singular form already, and keeping its largest |s d| is the best approximation of lower rank there is
 (Eckart and Young 1936). Other adapters need an SVD of every dense change for that.
 
+An activated expert becomes an activated LoRA (aLoRA, Greenewald et al. 2025), which PEFT applies from the invocation
+tokens on; a server that does not know `alora_invocation_tokens` applies it to all tokens.
+
 The rules that a folder must keep to be served are those of vLLM 0.33: one of its ranks, no bias, no DoRA, no
 modules_to_save; we add alpha = r and a single rank for all modules, and names exactly as the loaded model has them,
 because PEFT drops unknown names without a word.
@@ -122,7 +125,7 @@ def export_lora(
             f"Rank {rank} keeps {share:.4f} of the expert's change, less than 0.99. Use a higher rank, or "
             "allow_lossy=True if that is enough. Nothing was written."
         )
-    config = _lora_config(model, rank)
+    config = _lora_config(model, rank, expert.invocation)
     with _new_folder(Path(folder), overwrite, expert) as temporary:
         save_file(tensors, temporary / _TENSORS, {"format": "pt"})
         (temporary / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -146,9 +149,10 @@ def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor | slice, float]
     return (u[:, :keep] * s[:keep]).float(), vh[:keep].float(), float(s[:keep].square().sum())
 
 
-def _lora_config(model: SpectralModel, rank: int) -> dict[str, Any]:
+def _lora_config(model: SpectralModel, rank: int, invocation: tuple[int, ...]) -> dict[str, Any]:
     modules = [model.hf.get_submodule(name) for name in model.basis.names]
-    return {
+    activated = {"alora_invocation_tokens": list(invocation)} if invocation else {}
+    return activated | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": check_base(HARBOR) if model.basis.key.base == HARBOR else model.basis.key.base,
@@ -190,10 +194,16 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
 
     Raises:
         ExportError: a folder in use, a disk that refused, weights offloaded by accelerate.
+        ExportError: the expert is activated: merged weights act on all tokens.
         MismatchError: the expert does not fit the model.
         BasisError: the model was cast after it was attached.
     """
     expert.check_on(model.basis)
+    if expert.invocation:
+        raise ExportError(
+            "This expert is activated: it acts from the reply on, merged weights act on all tokens. Write a LoRA, "
+            "which can say so, or train with activated=False. (dataclasses.replace(expert, invocation=()) merges.)"
+        )
     model.check_cast()
     state = model.hf.state_dict()
     if any(one.is_meta for one in state.values()):

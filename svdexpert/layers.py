@@ -13,6 +13,9 @@
 
 A dense core multiplies by C (k k), (b k k) or (b t k k) where the diagonal one scales by c.
 
+Activated experts act from the last occurrence of their invocation tokens on, as aLoRA does (Greenewald et al. 2025,
+arXiv:2504.12397); before it, and so in the cache of the context, every token is the base's.
+
 An adapted module keeps its weight, its name and its place; only its class becomes a subclass of its own class, with
 this forward. That leaves checkpoints, `isinstance`, accelerate's device hooks, deepcopy and torch.compile as they were,
 costs no call per layer, and is undone by giving the class back. (A model cannot be pickled while it is attached.)
@@ -23,8 +26,9 @@ Which coefficients apply belongs to the call, not to the module: they sit in a `
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal, cast
 
@@ -37,6 +41,23 @@ from svdexpert.errors import MixtureError
 Form = Literal["delta", "factored"]
 
 
+@dataclass(frozen=True, eq=False)
+class Active:
+    """Where activated experts act in one forward pass.
+
+    Attributes:
+        rows: of the batch.
+        tokens: of a row.
+        start: the first token at which any row is active.
+        mask: True where a row is active (b t 1), of the tokens from `start` on; None where all are.
+    """
+
+    rows: int
+    tokens: int
+    start: int
+    mask: Tensor | None
+
+
 class Scope(threading.local):
     """The coefficients in force in this thread: one tensor a matrix, or None for the base.
 
@@ -47,24 +68,83 @@ class Scope(threading.local):
         coefficients: by position of the matrix in the basis; diagonal (k), (b 1 k), (b t k), or dense with (k k) last.
         dense: whether they belong to a dense core.
         mixture: what they were made from, for calls that ask which mixture is in force.
+        active: where activated experts act in the forward pass that runs; None is everywhere.
     """
 
     coefficients: tuple[Tensor, ...] | None = None
     dense: bool = False
     mixture: Any = None
+    active: Active | None = None
 
     def __reduce__(self) -> tuple[type[Scope], tuple[()]]:
         return Scope, ()
 
     @contextmanager
-    def entered(self, coefficients: tuple[Tensor, ...] | None, dense: bool, mixture: Any) -> Iterator[None]:
+    def entered(
+        self, coefficients: tuple[Tensor, ...] | None, dense: bool, mixture: Any, active: Active | None = None
+    ) -> Iterator[None]:
         """Put coefficients in force for the body, in this thread; what held before holds again after it."""
-        before = self.coefficients, self.dense, self.mixture
-        self.coefficients, self.dense, self.mixture = coefficients, dense, mixture
+        before = self.coefficients, self.dense, self.mixture, self.active
+        self.coefficients, self.dense, self.mixture, self.active = coefficients, dense, mixture, active
         try:
             yield
         finally:
-            self.coefficients, self.dense, self.mixture = before
+            self.coefficients, self.dense, self.mixture, self.active = before
+
+
+NOT_YET = Active(0, 0, 0, None)
+"""In force until the model has seen which tokens it is fed."""
+
+
+def find_active(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Find where activated experts act: a hook that runs before a model's forward pass.
+
+    Behind a cache, tokens without the invocation go on with a reply: all of them are active.
+    """
+    scope = cast(Scope, module._svd_scope)
+    invocation = getattr(scope.mixture, "invocation", ())
+    if not invocation:
+        return
+    ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+    if ids is None:
+        raise MixtureError("Activated experts act from certain tokens on: pass input_ids, not inputs_embeds.")
+    cache = kwargs.get("past_key_values")
+    behind = cache is not None and cache.get_seq_length() > 0
+    scope.active = active_in(ids, invocation, behind=behind)
+
+
+def active_in(ids: Tensor, invocation: Sequence[int], *, behind: bool) -> Active | None:
+    """Return where experts with these invocation tokens act in ids (b t).
+
+    Args:
+        ids: that are fed to the model.
+        invocation: at least one token; the last occurrence in a row counts.
+        behind: whether a cache stands before them. Then rows without the invocation are active from their start.
+
+    Raises:
+        MixtureError: a row without the invocation, and nothing before it.
+    """
+    rows, tokens = ids.shape
+    wanted = torch.tensor(invocation, device=ids.device)
+    if tokens < len(wanted):
+        hits = torch.zeros(rows, 1, dtype=torch.bool, device=ids.device)
+    else:
+        hits = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)  # (b t)
+    last = hits.shape[1] - 1 - hits.flip(1).int().argmax(1)  # of rows without it: hits.shape[1] - 1
+    found = hits.any(1)
+    if not behind and not bool(found.all()):
+        row = int((~found).nonzero()[0])
+        raise MixtureError(
+            f"These experts act from the tokens {list(invocation)} on, with which the chat template opens a reply; row "
+            f"{row} of the batch does not hold them. Pass chats (with add_generation_prompt), or train experts with "
+            "activated=False, which act on all tokens."
+        )
+    last = last.masked_fill(~found, 0)
+    start = int(last.min())
+    if start == int(last.max()):
+        return Active(rows, tokens, start, None) if start else None
+    mask = torch.arange(start, tokens, device=ids.device) >= last.unsqueeze(1)
+    return Active(rows, tokens, start, mask.unsqueeze(-1))
 
 
 class _Adapted:
@@ -79,6 +159,8 @@ class _Adapted:
         y: Tensor = super().forward(x)  # type: ignore[misc]
         if coefficients is None:
             return y
+        if self._svd_scope.active is not None:
+            return self._activated(x, y, coefficients[self._svd_position], self._svd_scope.active)
         h = self._project(x, coefficients[self._svd_position])  # (b t k)
         u_t = self._buffers["_svd_u_t"]
         if y.dtype is u_t.dtype and h.dtype is u_t.dtype and y.is_contiguous():
@@ -86,6 +168,25 @@ class _Adapted:
             y.view(-1, u_t.shape[1]).addmm_(h.view(-1, u_t.shape[0]), u_t)
             return y
         return y + torch.matmul(h, u_t).to(y.dtype)  # under autocast the dtypes differ
+
+    def _activated(self, x: Tensor, y: Tensor, c: Tensor, active: Active) -> Tensor:
+        """Return the base's output y, with the mixture's where it is active."""
+        if active is NOT_YET:
+            raise MixtureError("Activated experts need the whole model to be called, not a part of it.")
+        rows, start, flat = active.rows, active.start, x.dim() == 2
+        if flat:
+            x, y = x.view(rows, active.tokens, -1), y.view(rows, active.tokens, -1)
+        if c.dim() == (4 if self._svd_scope.dense else 3) and c.shape[1] == active.tokens:
+            c = c[:, start:]
+        acted = self._acting(x[:, start:], y[:, start:], c)
+        if active.mask is not None:
+            acted = torch.where(active.mask, acted, y[:, start:])
+        y = torch.cat([y[:, :start], acted], 1)
+        return y.flatten(0, 1) if flat else y
+
+    def _acting(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        """Return what the matrix makes of x under a mixture, where y is what the base makes of it."""
+        return y + torch.matmul(self._project(x, c), self._buffers["_svd_u_t"]).to(y.dtype)
 
     def _project(self, x: Tensor, c: Tensor) -> Tensor:
         """V^T x, scaled by the coefficients (b t k)."""
@@ -102,12 +203,18 @@ class _Adapted:
 class _AdaptedFactored(_Adapted):
     def forward(self, x: Tensor) -> Tensor:
         coefficients = self._svd_scope.coefficients
-        if coefficients is None:
-            return super(_Adapted, self).forward(x)  # type: ignore[misc, no-any-return]
-        h = self._project(x, coefficients[self._svd_position])
+        active = self._svd_scope.active
+        if coefficients is None or active is not None:
+            base: Tensor = super(_Adapted, self).forward(x)  # type: ignore[misc]
+            if coefficients is None or active is None:
+                return base
+            return self._activated(x, base, coefficients[self._svd_position], active)
+        return self._acting(x, x, coefficients[self._svd_position])
+
+    def _acting(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
         bias = cast(Any, self).bias
-        y = torch.matmul(h, self._buffers["_svd_u_t"])
-        return y if bias is None else y + bias
+        product = torch.matmul(self._project(x, c), self._buffers["_svd_u_t"])
+        return product if bias is None else product + bias
 
 
 def _scaled(h: Tensor, c: Tensor, dense: bool) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, repeat
@@ -32,11 +32,13 @@ class Mixture:
         offsets: fp32, all matrices side by side in the order of the basis.
         core: of the experts that were mixed.
         basis: that they are for; None, for offsets of one's own, leaves that to the caller.
+        invocation: tokens from whose last occurrence on the experts act; () is everywhere.
     """
 
     offsets: Tensor
     core: Core = "diag"
     basis: Basis | None = None
+    invocation: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int | None:
@@ -46,7 +48,7 @@ class Mixture:
         """Return every row `times` times in succession, as Hugging Face expands inputs for beams and sequences."""
         if times == 1 or self.rows is None:
             return self
-        return Mixture(repeat(self.offsets, "b ... n -> (b times) ... n", times=times), self.core, self.basis)
+        return replace(self, offsets=repeat(self.offsets, "b ... n -> (b times) ... n", times=times))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +60,14 @@ class Bank:
         offsets: fp32 (e n).
         core: of all of them.
         basis: that they are for.
+        invocation: of all of them.
     """
 
     names: tuple[str, ...]
     offsets: Tensor
     core: Core
     basis: Basis
+    invocation: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, experts: Mapping[str, Expert], basis: Basis) -> Bank:
@@ -74,15 +78,16 @@ class Bank:
             basis: that they are for.
 
         Raises:
-            MismatchError: one of them is for another basis, or has another core than the first.
+            MismatchError: one of them is for another basis, or has another core or invocation than the first.
             MixtureError: there are none.
         """
         if not experts:
             raise MixtureError("A bank needs at least one expert.")
-        core = next(iter(experts.values())).core
+        first = next(iter(experts.values()))
         for name, expert in experts.items():
-            expert.check_on(basis, core, who=name)
-        return cls(tuple(experts), torch.stack([expert.flat(basis) for expert in experts.values()]), core, basis)
+            expert.check_on(basis, like=first, who=name)
+        flat = torch.stack([expert.flat(basis) for expert in experts.values()])
+        return cls(tuple(experts), flat, first.core, basis, first.invocation)
 
     def mix(self, weights: Mapping[str, float] | Sequence[Blend] | Tensor) -> Mixture:
         """Return the mixture with these weights.
@@ -107,7 +112,8 @@ class Bank:
             table = torch.tensor(self._row(weights), device=self.offsets.device)
         else:
             table = torch.tensor([self._row(row) for row in weights], device=self.offsets.device)
-        return Mixture(einsum(table, self.offsets, "... e, e n -> ... n"), self.core, self.basis)
+        offsets = einsum(table, self.offsets, "... e, e n -> ... n")
+        return Mixture(offsets, self.core, self.basis, self.invocation)
 
     def _row(self, blend: Blend) -> list[float]:
         if isinstance(blend, Expert):

@@ -29,7 +29,7 @@ from transformers.utils.hub import cached_file
 from svdexpert.basis import Basis, Rank, Support, decompose, fingerprint, weight_of
 from svdexpert.errors import BasisError, MixtureError, SvdExpertError, UnknownExpertError, did_you_mean
 from svdexpert.expert import Core, Expert, flat_scale
-from svdexpert.layers import Form, Scope, adapt, device_of, is_adapted, restore
+from svdexpert.layers import NOT_YET, Form, Scope, adapt, device_of, find_active, is_adapted, restore
 from svdexpert.mixture import Bank, Blend, Mixture, weights_of
 
 Experts = Mixture | Blend | Sequence[Blend] | Tensor
@@ -76,14 +76,16 @@ class SpectralModel:
         self._checkpointing = [m for m in hf.modules() if isinstance(m, GradientCheckpointingLayer | PreTrainedModel)]
         if any(is_adapted(module) for module in self._modules):
             raise SvdExpertError("This model is attached already: detach() it first, or use the one that holds it.")
-        self._head_hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         try:
             for position, (module, factors) in enumerate(zip(self._modules, basis.factors.values(), strict=True)):
                 adapt(module, factors, self._scope, position, form)
             hf.requires_grad_(False)
             head = hf.get_output_embeddings()
             if head is not None:
-                self._head_hook = head.register_forward_pre_hook(_laid_out)
+                self._hooks.append(head.register_forward_pre_hook(_laid_out))
+            cast(Any, hf)._svd_scope = self._scope  # not in the hook, so that a copied model finds that of its own
+            self._hooks.append(hf.register_forward_pre_hook(find_active, with_kwargs=True))
             self._capture_checkpoints()
         except BaseException:
             self.detach()
@@ -233,8 +235,9 @@ class SpectralModel:
             return self.hf
         for module in self._modules:
             restore(module)
-        if self._head_hook is not None:
-            self._head_hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self.hf.__dict__.pop("_svd_scope", None)
         for parameter, needed in self._needed_gradient:
             parameter.requires_grad_(needed)
         for module in self._checkpointing:
@@ -295,7 +298,7 @@ class SpectralModel:
             return experts
         if isinstance(experts, Expert):
             experts.check_on(self.basis)
-            return Mixture(experts.flat(self.basis), experts.core)
+            return Mixture(experts.flat(self.basis), experts.core, invocation=experts.invocation)
         if isinstance(experts, Tensor):
             if library is None:
                 raise MixtureError("Weights in a tensor need library=..., whose order they follow.")
@@ -313,20 +316,21 @@ class SpectralModel:
     def _rows(self, experts: Sequence[Blend], library: Mapping[str, Expert] | Bank | None) -> Mixture:
         """Stack rows some of which are expert values."""
         values = [row for row in experts if isinstance(row, Expert)]
-        core = values[0].core
-        flat = []
+        first, flat = values[0], []
         for row in experts:
             if isinstance(row, Expert):
-                row.check_on(self.basis, core)
+                row.check_on(self.basis, like=first)
                 flat.append(row.flat(self.basis))
             elif not weights_of(row):
-                flat.append(torch.zeros(sum(self._sizes(core))))
+                flat.append(torch.zeros(sum(self._sizes(first.core))))
             else:
                 mixed = self._bank(library, [row]).mix(weights_of(row))
-                if mixed.core != core:
-                    raise MixtureError(f"Rows of one batch share a core; found {mixed.core} and {core}.")
+                for what in ("core", "invocation"):
+                    if getattr(mixed, what) != getattr(first, what):
+                        found = f"{getattr(mixed, what)} and {getattr(first, what)}"
+                        raise MixtureError(f"Rows of one batch share core and invocation; found {what} {found}.")
                 flat.append(mixed.offsets.cpu())
-        return Mixture(torch.stack(flat), core)
+        return Mixture(torch.stack(flat), first.core, invocation=first.invocation)
 
     def _bank(self, library: Mapping[str, Expert] | Bank | None, rows: Sequence[Blend] | None) -> Bank:
         """Return the bank of a library, or of those of its experts that the rows name; the last few are kept."""
@@ -382,7 +386,8 @@ class SpectralModel:
             with self._scope.entered(None, False, None):
                 yield self
         else:
-            with self._scope.entered(self._coefficients(mixture), mixture.core == "dense", mixture):
+            active = NOT_YET if mixture.invocation else None
+            with self._scope.entered(self._coefficients(mixture), mixture.core == "dense", mixture, active):
                 yield self
 
     def _coefficients(self, mixture: Mixture) -> tuple[Tensor, ...]:
@@ -500,6 +505,8 @@ class SpectralModel:
             config.pad_token_id = self._pad_id()
         if config.stop_strings is not None:
             rest["tokenizer"] = self._tokenizer()
+        if mixture is not None and mixture.invocation and config.prefill_chunk_size:
+            raise MixtureError("Activated experts need the whole prompt in one pass: leave prefill_chunk_size out.")
         if mixture is not None:
             defaults = self.hf.generation_config  # transformers fills in from it what the given settings leave open
             beams = config.num_beams or defaults.num_beams or 1
@@ -716,6 +723,7 @@ class _CapturedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         coefficients, dense, mixture = self.scope.coefficients, self.scope.dense, self.scope.mixture
+        active = self.scope.active
         if mixture is not None and getattr(self.original, "keywords", {}).get("use_reentrant"):
             raise SvdExpertError(
                 "Reentrant activation checkpointing frees the graph that all layers' coefficients share. Enable it "
@@ -723,7 +731,7 @@ class _CapturedCheckpoint:
             )
 
         def under_the_same_mixture(*inner: Any, **named: Any) -> Any:
-            with self.scope.entered(coefficients, dense, mixture):
+            with self.scope.entered(coefficients, dense, mixture, active):
                 return function(*inner, **named)
 
         return self.original(under_the_same_mixture, *args, **kwargs)

@@ -27,6 +27,9 @@ class Recipe:
         penalty: weight of sum |s d|^2.
         settings: of the objective, by name.
         core: one offset a direction, or a matrix of them.
+        activated: experts act from where the chat template opens the reply on (aLoRA, Greenewald et al. 2025): contexts
+            stay the base's, so that their cache serves every mixture, and need no gradient. False: on all tokens, as in
+            Transformer^2, and as a server does that knows LoRA alone.
         samples: completions that are drawn of a context, where the objective learns from samples.
         max_new_tokens: of every reply: samples, the base's own, those in validation.
         mixing: probability that another expert takes part in a row.
@@ -57,6 +60,7 @@ class Recipe:
     penalty: float = 0.0
     settings: Mapping[str, float | str | bool] = field(default_factory=dict)
     core: Core = "diag"
+    activated: bool = True
     samples: int = 4
     max_new_tokens: int = 96
     mixing: float = 0.5

@@ -53,8 +53,8 @@ from torch.utils.data import DataLoader
 
 from svdexpert import objectives
 from svdexpert.batches import Neutral, Plan, Row, Steps
-from svdexpert.completions import Batch, log_probabilities, logits, sample
-from svdexpert.conversation import Prompt, answers, prompt_of, text_of, tokenizer_of, turn_ends
+from svdexpert.completions import Batch, log_probabilities, logits, prefill, sample
+from svdexpert.conversation import Prompt, answers, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
 from svdexpert.errors import SvdExpertError, TooLongError, TrainingError
 from svdexpert.evaluate import KNOWING_TOKENS, act, measure
 from svdexpert.examples import Examples, counts, is_file, of_file, of_skill
@@ -107,6 +107,7 @@ class ExpertModule(lightning.LightningModule):
         objective: name of the objective.
         recipe: how.
         neutrals: contexts of neutral rows.
+        invocation: tokens from which on the experts act; () is everywhere.
         folder: of the run, for checkpoints and rollouts; None keeps neither.
     """
 
@@ -122,9 +123,12 @@ class ExpertModule(lightning.LightningModule):
         recipe: Recipe,
         neutrals: Sequence[Neutral],
         folder: Path | None = None,
+        *,
+        invocation: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.model, self.tasks, self.recipe, self.folder = model, tasks, recipe, folder
+        self.invocation = invocation
         self.objective = objectives.load(objective)
         self.settings = objectives.settings_of(self.objective, recipe.settings, recipe.samples)
         examples = [task.examples for task in tasks]
@@ -258,7 +262,8 @@ class ExpertModule(lightning.LightningModule):
         """Return mixtures (b n) by weights (b e), fp32 whatever the precision; gradients flow into the offsets."""
         with torch.autocast(self.device.type, enabled=False):
             table = torch.tensor(weights, device=self.device)
-            return Mixture(table @ torch.cat([self.offsets, self.frozen]), self.recipe.core)
+            offsets = table @ torch.cat([self.offsets, self.frozen])
+            return Mixture(offsets, self.recipe.core, invocation=self.invocation)
 
     def own_loss(self, rows: Sequence[Row]) -> Tensor:
         """Return the objective's loss of every row (b)."""
@@ -267,10 +272,11 @@ class ExpertModule(lightning.LightningModule):
         if self.objective.COMPLETIONS == "samples":
             completions, rewards = self.samples(rows, mixture)
         batch, base = self.batch(rows, completions), None
+        before = prefill(self.model, batch, self.invocation)
         if self.objective.REFERENCE:
             with torch.no_grad():
-                base = log_probabilities(logits(self.model, None, batch), batch)
-        found = logits(self.model, mixture, batch, recompute=self.recipe.gradient_checkpointing)
+                base = log_probabilities(logits(self.model, None, batch, before), batch)
+        found = logits(self.model, mixture, batch, before, recompute=self.recipe.gradient_checkpointing)
         scored = Scored(log_probabilities(found, batch), base, batch.mask, rewards)
         losses = self.objective.loss(scored, **self.settings)
         self.note_losses(rows, losses.detach(), scored)
@@ -279,12 +285,12 @@ class ExpertModule(lightning.LightningModule):
     def neutral_loss(self, rows: Sequence[Row]) -> Tensor:
         """Return KL(target || mixture) of every row (b), in nats a token of the base's reply."""
         batch = self.batch(rows, [row.completions for row in rows])
-        targets = [row.target or [] for row in rows]
+        targets, before = [row.target or [] for row in rows], prefill(self.model, batch, self.invocation)
         with torch.no_grad():
             target = self.mixture(targets) if any(map(any, targets)) else None
-            fixed = logits(self.model, target, batch).float().log_softmax(-1)
+            fixed = logits(self.model, target, batch, before).float().log_softmax(-1)
         mixture = self.mixture([row.weights for row in rows])
-        found = logits(self.model, mixture, batch, recompute=self.recipe.gradient_checkpointing)
+        found = logits(self.model, mixture, batch, before, recompute=self.recipe.gradient_checkpointing)
         divergence = (fixed.exp() * (fixed - found.float().log_softmax(-1))).sum(-1).masked_fill(~batch.mask, 0.0)
         losses = divergence.sum((1, 2)) / batch.mask.sum((1, 2))
         self.note("neutral", losses.detach().mean())
@@ -299,7 +305,7 @@ class ExpertModule(lightning.LightningModule):
         shape = (self.recipe.samples, self.recipe.max_new_tokens)
         uniform = torch.from_numpy(np.stack([np.random.default_rng(row.draws).random(shape) for row in rows]))
         tokenizer, (_, ends) = tokenizer_of(self.model), turn_ends(self.model)
-        fixed = Mixture(mixture.offsets.detach(), mixture.core)
+        fixed = replace(mixture, offsets=mixture.offsets.detach())
         drawn = sample(self.model, fixed, [row.prompt for row in rows], uniform, ends)
         rewards = []
         for row, some in zip(rows, drawn, strict=True):
@@ -367,7 +373,7 @@ class ExpertModule(lightning.LightningModule):
             if task.skill is None or not task.validation:
                 continue
             cases = task.validation[: self.recipe.validation_cases]
-            with self.model.using(Mixture(self.offsets[place].detach(), self.recipe.core)):
+            with self.model.using(self.expert(place)):
                 replies = act(self.model, cases, max_new_tokens=self.recipe.max_new_tokens, progress=False)
             right = [task.skill.verify(case, reply).right for case, reply in zip(cases, replies, strict=True)]
             shares = {
@@ -391,7 +397,8 @@ class ExpertModule(lightning.LightningModule):
 
     def expert(self, place: int, **card: Any) -> Expert:
         """Return an expert as it stands."""
-        return Expert.from_flat(self.model.basis, self.offsets[place], core=self.recipe.core, **card)
+        described = {"core": self.recipe.core, "invocation": self.invocation} | card
+        return Expert.from_flat(self.model.basis, self.offsets[place], **described)
 
 
 # --- runs
@@ -493,7 +500,12 @@ class Run:
         if not self.skills or len(set(names)) < len(names):
             raise TrainingError(f"Every expert needs a name of its own, found {names}.")
         for name, expert in self.against.items():
-            expert.check_on(self.model.basis, self.recipe.core, who=name)
+            expert.check_on(self.model.basis, core=self.recipe.core, who=name)
+            if bool(expert.invocation) != self.recipe.activated:
+                raise TrainingError(
+                    f"{name} is {'' if expert.invocation else 'not '}activated, and experts that work together act on "
+                    f"the same tokens: set activated to {bool(expert.invocation)}."
+                )
         for name, skill in zip(self.names, self.skills, strict=True):
             if self.out is not None:
                 Library(self.out / "experts").folder(name)  # raises where it cannot be one
@@ -620,8 +632,19 @@ class Run:
         return True
 
     def _module(self, tasks: Sequence[Task], folder: Path) -> ExpertModule:
+        invocation = invocation_of(self.model) if self.recipe.activated else ()
+        for task in tasks if invocation else ():
+            for one in task.examples.rows:
+                if not _holds(one.prompt, invocation):
+                    raise TrainingError(
+                        f"{task.name}, {one.id}: the prompt does not hold the tokens {list(invocation)}, with which "
+                        "the chat template opens a reply and from which activated experts act. For prompts that are no "
+                        "chats train with activated=False."
+                    )
         neutrals = self.neutrals(tasks) if self.recipe.neutral else []
-        module = ExpertModule(self.model, tasks, self.against, self.objective, self.recipe, neutrals, folder)
+        module = ExpertModule(
+            self.model, tasks, self.against, self.objective, self.recipe, neutrals, folder, invocation=invocation
+        )
         module.announces = self.progress and not sys.stderr.isatty()
         return module
 
@@ -826,6 +849,11 @@ def _quiet() -> Iterator[None]:
         finally:
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
+
+
+def _holds(ids: Sequence[int], some: Sequence[int]) -> bool:
+    """Return whether tokens stand in a row among others."""
+    return any(tuple(ids[place : place + len(some)]) == tuple(some) for place in range(len(ids) - len(some) + 1))
 
 
 def _digest(content: bytes) -> str:

@@ -21,6 +21,7 @@ from conftest import byte_tokenizer, tiny
 
 from svdexpert import Expert, SpectralModel, skills, training
 from svdexpert.batches import Neutral
+from svdexpert.conversation import invocation_of
 from svdexpert.errors import TrainingError
 from svdexpert.examples import Examples, of_file, of_skill
 from svdexpert.skills import Bad, Case, Knowing, Verdict
@@ -98,6 +99,10 @@ def small(**changes: Any) -> Recipe:
     return Recipe(**(SMALL | changes))
 
 
+def random_expert(model: SpectralModel, std: float) -> Expert:
+    return replace(Expert.random(model.basis, std=std), invocation=invocation_of(model))
+
+
 def module_of(
     model: SpectralModel,
     skills: Sequence[str],
@@ -122,16 +127,17 @@ def module_of(
 
 
 @pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("activated", [True, False])
 @pytest.mark.parametrize("objective", ["sft", "dpo", "rloo"])
-def test_experts_in_one_batch_are_separate_runs(objective: str) -> None:
+def test_experts_in_one_batch_are_separate_runs(objective: str, activated: bool) -> None:
     model = speaker()
     names = ("fake.ask", "fake.doubt")
-    together = module_of(model, names, objective, mixing=0.0)
+    together = module_of(model, names, objective, mixing=0.0, activated=activated)
     start = 0.1 * torch.randn(together.offsets.shape)
     together.offsets.data.copy_(start)
     together.loss(together.plan.rows(0)).backward()
     for place, name in enumerate(names):
-        alone = module_of(model, (name,), objective)
+        alone = module_of(model, (name,), objective, activated=activated)
         alone.offsets.data.copy_(start[place : place + 1])
         alone.loss(alone.plan.rows(0)).backward()
         assert alone.offsets.grad is not None
@@ -152,7 +158,7 @@ def test_parts_of_a_step_add_up_to_it() -> None:
 @pytest.mark.usefixtures("fakes")
 def test_frozen_experts_and_weights_of_zero_get_no_gradient() -> None:
     model = speaker()
-    frozen = Expert.random(model.basis, std=0.2)
+    frozen = random_expert(model, 0.2)
     module = module_of(model, ("fake.ask", "fake.doubt"), "sft", {"old": frozen}, mixing=1.0)
     module.offsets.data.normal_(std=0.1)
     assert "frozen" not in module.state_dict()
@@ -190,9 +196,13 @@ def test_a_run_in_which_all_samples_are_right_ends_well(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("fakes")
 def test_neutral_rows_ask_for_the_base_where_an_expert_is_not_due() -> None:
-    module = module_of(speaker(), ("fake.ask", "fake.doubt"), "sft", mixing=1.0, neutral=0.5)
+    model = speaker()
+    module = module_of(model, ("fake.ask", "fake.doubt"), "sft", mixing=1.0, neutral=0.5)
+    opening = list(invocation_of(model))
     assert {one.owner for one in module.plan.neutrals} >= {""}
-    module.plan = replace(module.plan, neutrals=[Neutral("ask", [5, 6], [7, 2]), Neutral("doubt", [8], [9, 2])])
+    module.plan = replace(
+        module.plan, neutrals=[Neutral("ask", [5, *opening], [7, 2]), Neutral("doubt", opening, [9, 2])]
+    )
     rows = [row for row in module.plan.rows(0) if row.target is not None and row.expert == 0]
     assert module.loss(rows).item() == pytest.approx(0.0, abs=1e-6)  # zero offsets are the base
     module.offsets.data.normal_(std=0.1)
@@ -204,19 +214,24 @@ def test_neutral_rows_ask_for_the_base_where_an_expert_is_not_due() -> None:
 @pytest.mark.usefixtures("fakes")
 def test_a_new_expert_is_measured_from_the_frozen_ones() -> None:
     model = speaker()
-    module = module_of(
-        model, ("fake.ask",), "sft", {"old": Expert.random(model.basis, std=0.3)}, mixing=1.0, neutral=0.5
-    )
+    module = module_of(model, ("fake.ask",), "sft", {"old": random_expert(model, 0.3)}, mixing=1.0, neutral=0.5)
     rows = [row for row in module.plan.rows(0) if row.target is not None]
     assert any(row.target[1] > 0 for row in rows if row.target)
     assert module.loss(rows).item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.usefixtures("fakes")
+def test_experts_that_act_on_other_tokens_are_not_trained_together() -> None:
+    model = speaker()
+    with pytest.raises(TrainingError, match=r"old is not activated.*set activated to False"):
+        module_of(model, ("fake.ask",), "sft", {"old": Expert.random(model.basis)})
+
+
+@pytest.mark.usefixtures("fakes")
 def test_a_new_expert_leaves_the_frozen_ones_their_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "skill_names", lambda: ["fake.third"])
     model = speaker()
-    old = replace(Expert.random(model.basis, std=0.3), skill="fake.third")
+    old = replace(random_expert(model, 0.3), skill="fake.third")
     stranger = replace(old, skill="fake.doubt")  # does not ship: nothing is imported by the name in a file
     module = module_of(model, ("fake.ask",), "sft", {"old": old, "other": stranger}, neutral=0.5, cases=16)
     assert Counter(one.owner for one in module.plan.neutrals)["old"] == 4
@@ -454,9 +469,12 @@ def test_what_is_too_long_is_counted_and_never_cut(tmp_path: Path) -> None:
 def test_a_run_learns_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"hi {place} ", "completion": "hello"}) for place in range(8)))
-    expert = train(speaker(), str(path), "sft", recipe=small(), progress=False)
+    with pytest.raises(TrainingError, match=r"(?s)mine.jsonl:1: the prompt does not hold.*activated=False"):
+        train(speaker(), str(path), "sft", recipe=small(), progress=False)
+    expert = train(speaker(), str(path), "sft", recipe=small(activated=False), progress=False)
     assert expert.skill == "mine"
     assert expert.norm() > 0
+    assert expert.invocation == ()
 
 
 # --- as commands
