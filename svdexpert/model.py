@@ -483,7 +483,8 @@ class SpectralModel:
             `return_dict_in_generate`, what transformers returns.
 
         Raises:
-            MixtureError: the rows of `experts` are not those of `prompts`, or it is by token.
+            MixtureError: the rows of `experts` are not those of `prompts`, or it is by token; activated experts, and a
+                prompt in which the chat template opens no reply.
             SvdExpertError: text without a tokenizer, chats without a chat template.
         """
         if isinstance(prompts, Tensor):

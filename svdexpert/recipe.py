@@ -41,8 +41,8 @@ class Recipe:
             never.
         score_cases: of each skill by which the finished expert is scored, an even number; 0 for none.
         save_every: steps.
-        accumulate: parts that a step is computed in. Each has rows of similar length, so that little is padded: on two
-            cores a step of 16 rows takes 1.5 times as long in one part as in two.
+        accumulate: parts that a step is computed in. Each has rows of similar length, so that little is padded, which
+            saves time on a CPU (LOG.md).
         precision: as in Lightning.
         gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
         seed: of every draw, at least 0.

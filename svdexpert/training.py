@@ -107,8 +107,8 @@ class ExpertModule(lightning.LightningModule):
         objective: name of the objective.
         recipe: how.
         neutrals: contexts of neutral rows.
-        invocation: tokens from which on the experts act; () is everywhere.
         folder: of the run, for checkpoints and rollouts; None keeps neither.
+        invocation: tokens from which on the experts act; () is everywhere.
     """
 
     frozen: Tensor
@@ -506,6 +506,11 @@ class Run:
                     f"{name} is {'' if expert.invocation else 'not '}activated, and experts that work together act on "
                     f"the same tokens: set activated to {bool(expert.invocation)}."
                 )
+            if expert.invocation != self.invocation:
+                raise TrainingError(
+                    f"{name} acts from the tokens {list(expert.invocation)} on; this chat template opens a reply with "
+                    f"{list(self.invocation)}. Use the template that it was trained with."
+                )
         for name, skill in zip(self.names, self.skills, strict=True):
             if self.out is not None:
                 Library(self.out / "experts").folder(name)  # raises where it cannot be one
@@ -517,6 +522,11 @@ class Run:
         """Names of the experts: those of the skills, or of the files."""
         found = [Path(one).stem if is_file(one) else one.rpartition(".")[2] for one in self.skills]
         return [re.sub(r"[^A-Za-z0-9._-]+", "-", one) for one in found]
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Tokens from which on the experts act; () is everywhere."""
+        return invocation_of(self.model) if self.recipe.activated else ()
 
     def asked(self) -> dict[str, Any]:
         """Return what the run is, as JSON: settings, and digests of all that it is made from."""
@@ -632,7 +642,7 @@ class Run:
         return True
 
     def _module(self, tasks: Sequence[Task], folder: Path) -> ExpertModule:
-        invocation = invocation_of(self.model) if self.recipe.activated else ()
+        invocation = self.invocation
         for task in tasks if invocation else ():
             for one in task.examples.rows:
                 if not _holds(one.prompt, invocation):
@@ -853,7 +863,8 @@ def _quiet() -> Iterator[None]:
 
 def _holds(ids: Sequence[int], some: Sequence[int]) -> bool:
     """Return whether tokens stand in a row among others."""
-    return any(tuple(ids[place : place + len(some)]) == tuple(some) for place in range(len(ids) - len(some) + 1))
+    places = range(len(ids) - len(some), -1, -1)  # from the end, where it is looked for
+    return any(tuple(ids[place : place + len(some)]) == tuple(some) for place in places)
 
 
 def _digest(content: bytes) -> str:

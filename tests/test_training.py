@@ -225,6 +225,8 @@ def test_experts_that_act_on_other_tokens_are_not_trained_together() -> None:
     model = speaker()
     with pytest.raises(TrainingError, match=r"old is not activated.*set activated to False"):
         module_of(model, ("fake.ask",), "sft", {"old": Expert.random(model.basis)})
+    with pytest.raises(TrainingError, match=r"old acts from the tokens \[5, 6\] on; this chat template opens"):
+        module_of(model, ("fake.ask",), "sft", {"old": replace(Expert.random(model.basis), invocation=(5, 6))})
 
 
 @pytest.mark.usefixtures("fakes")
