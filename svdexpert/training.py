@@ -317,7 +317,7 @@ class ExpertModule(lightning.LightningModule):
             for ids, reply, verdict in zip(some, replies, verdicts, strict=True):
                 about = {"step": self.global_step, "skill": task.name, "case": row.case, "ids": ids}
                 self.rollouts.append(about | {"reply": reply, "reward": verdict.score, "error": verdict.error})
-        found = torch.tensor(rewards, device=mixture.offsets.device)
+        found = torch.tensor(rewards, dtype=torch.float32, device=mixture.offsets.device)
         self.check_rewards(found, replies)
         return drawn, found
 

@@ -67,7 +67,7 @@ def fake_skill(name: str, letter: str) -> types.ModuleType:
 
     def verify(case: Case, reply: str) -> Verdict:
         asks = letter in reply
-        return Verdict(1.0 if asks == case.positive else -1.0, "ask" if asks else "tell", "" if asks else "wrong")
+        return Verdict(1 if asks == case.positive else -1, "ask" if asks else "tell", "" if asks else "wrong")
 
     module.cases, module.verify, module.MOVE = cases, verify, "ask"  # type: ignore[attr-defined]
     module.OPENINGS = skills.Openings((letter,), ("ok",))  # type: ignore[attr-defined]
