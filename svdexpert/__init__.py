@@ -34,6 +34,7 @@ _HOME = {
     "train": "training",
     "train_library": "training",
     "BasisError": "errors",
+    "DispatchError": "errors",
     "ExpertError": "errors",
     "ExportError": "errors",
     "MismatchError": "errors",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from svdexpert.basis import Basis as Basis
     from svdexpert.basis import decompose as decompose
     from svdexpert.errors import BasisError as BasisError
+    from svdexpert.errors import DispatchError as DispatchError
     from svdexpert.errors import ExpertError as ExpertError
     from svdexpert.errors import ExportError as ExportError
     from svdexpert.errors import MismatchError as MismatchError

@@ -288,6 +288,21 @@ def decompose(
 # --- which matrices -----------------------------------------------------------------------------------------------
 
 
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the name of the list of decoder layers, and the list.
+
+    Raises:
+        BasisError: there is none.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [
+        (name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)
+    ]
+    if not outermost:
+        raise BasisError(f"{type(model).__name__} has no list of decoder layers, so no adaptable matrix.")
+    return max(outermost, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
 def adaptable(model: PreTrainedModel) -> tuple[dict[str, tuple[nn.Module, int]], dict[str, str], int]:
     """Return the decoder's adaptable modules with their layer, what was skipped and why, and the number of layers.
 
@@ -305,14 +320,7 @@ def adaptable(model: PreTrainedModel) -> tuple[dict[str, tuple[nn.Module, int]],
         raise BasisError(_QUANTISED.format(what=f"{model.config._name_or_path or type(model).__name__}"))
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BasisError("The model carries PEFT adapters: load it without them, or merge them in first.")
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [
-        (name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)
-    ]
-    if not outermost:
-        raise BasisError(f"{type(model).__name__} has no list of decoder layers, so no adaptable matrix.")
-    prefix, stack = max(outermost, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-
+    prefix, stack = decoder_layers(model)
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

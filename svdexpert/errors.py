@@ -55,6 +55,10 @@ class TrainingError(SvdExpertError):
     """A run that cannot begin, or must not go on: settings out of range, data that does not parse, NaN, no signal."""
 
 
+class DispatchError(SvdExpertError):
+    """A decision that cannot be taken: no experts, an expert that is missing, too few examples, another base."""
+
+
 class MeasurementError(SvdExpertError):
     """A measurement that its numbers do not allow: none at all, lengths that differ, NaN."""
 

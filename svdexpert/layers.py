@@ -26,7 +26,7 @@ Which coefficients apply belongs to the call, not to the module: they sit in a `
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -58,6 +58,10 @@ class Active:
     mask: Tensor | None
 
 
+Pending = Callable[[Tensor, dict[str, Any], Any], Any]
+"""Takes the hidden states that prompts end in (b d), the arguments and the output of the model; returns the output."""
+
+
 class Scope(threading.local):
     """The coefficients in force in this thread: one tensor a matrix, or None for the base.
 
@@ -69,12 +73,16 @@ class Scope(threading.local):
         dense: whether they belong to a dense core.
         mixture: what they were made from, for calls that ask which mixture is in force.
         active: where activated experts act in the forward pass that runs; None is everywhere.
+        pending: what decides on the mixture, once the next forward pass of the model has read the prompt.
+        states: of that pass, the hidden states of the last token (b d), as they enter the last layer and the head.
     """
 
     coefficients: tuple[Tensor, ...] | None = None
     dense: bool = False
     mixture: Any = None
     active: Active | None = None
+    pending: Pending | None = None
+    states: tuple[Tensor, ...] = ()
 
     def __reduce__(self) -> tuple[type[Scope], tuple[()]]:
         return Scope, ()
@@ -84,12 +92,14 @@ class Scope(threading.local):
         self, coefficients: tuple[Tensor, ...] | None, dense: bool, mixture: Any, active: Active | None = None
     ) -> Iterator[None]:
         """Put coefficients in force for the body, in this thread; what held before holds again after it."""
-        before = self.coefficients, self.dense, self.mixture, self.active
+        before = self.coefficients, self.dense, self.mixture, self.active, self.pending
         self.coefficients, self.dense, self.mixture, self.active = coefficients, dense, mixture, active
+        self.pending = None
         try:
             yield
         finally:
-            self.coefficients, self.dense, self.mixture, self.active = before
+            self.coefficients, self.dense, self.mixture, self.active, self.pending = before
+            self.states = ()
 
 
 NOT_YET = Active(0, 0, 0, None)
@@ -111,6 +121,24 @@ def find_active(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     cache = kwargs.get("past_key_values")
     behind = cache is not None and cache.get_seq_length() > 0
     scope.active = active_in(ids, invocation, behind=behind)
+
+
+def keep_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the last token's hidden state, while a decision waits for it: a hook before the last layer and the head."""
+    scope = cast(Scope, cast(Any, module)._svd_scope)
+    if scope.pending is not None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        scope.states = (*scope.states, hidden[:, -1])
+
+
+def decide_now(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Take the decision that waits for this forward pass: a hook that runs after the model's."""
+    scope = cast(Scope, cast(Any, module)._svd_scope)
+    pending, states = scope.pending, scope.states
+    if pending is None:
+        return output
+    scope.pending, scope.states = None, ()
+    return pending(torch.cat([one.float().to(states[-1].device) for one in states], -1), kwargs, output)
 
 
 def active_in(ids: Tensor, invocation: Sequence[int], *, behind: bool) -> Active | None:

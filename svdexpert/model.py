@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,19 +23,44 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
-from svdexpert.basis import Basis, Rank, Support, decompose, fingerprint, weight_of
-from svdexpert.errors import BasisError, MixtureError, SvdExpertError, UnknownExpertError, did_you_mean
+from svdexpert.basis import Basis, Rank, Support, decoder_layers, decompose, fingerprint, weight_of
+from svdexpert.decision import Asked, Context, Decision, Dispatcher, weights_of_rows
+from svdexpert.errors import BasisError, DispatchError, MixtureError, SvdExpertError, UnknownExpertError, did_you_mean
 from svdexpert.expert import Core, Expert, flat_scale
-from svdexpert.layers import NOT_YET, Form, Scope, adapt, device_of, find_active, is_adapted, restore
+from svdexpert.layers import (
+    NOT_YET,
+    Active,
+    Form,
+    Pending,
+    Scope,
+    adapt,
+    decide_now,
+    device_of,
+    find_active,
+    is_adapted,
+    keep_state,
+    restore,
+)
 from svdexpert.mixture import Bank, Blend, Mixture, weights_of
+from svdexpert.prefill import again
 
 Experts = Mixture | Blend | Sequence[Blend] | Tensor
 """A mixture, or what `SpectralModel.mixture` makes one of."""
+
+
+logger = logging.getLogger("svdexpert.dispatch")
+"""Decisions, as JSON, at the level DEBUG."""
 
 
 class InForce(Enum):
@@ -77,15 +104,21 @@ class SpectralModel:
         if any(is_adapted(module) for module in self._modules):
             raise SvdExpertError("This model is attached already: detach() it first, or use the one that holds it.")
         self._hooks: list[RemovableHandle] = []
+        self._hooked: list[nn.Module] = []
         try:
             for position, (module, factors) in enumerate(zip(self._modules, basis.factors.values(), strict=True)):
                 adapt(module, factors, self._scope, position, form)
             hf.requires_grad_(False)
             head = hf.get_output_embeddings()
+            self._hooked = [one for one in (hf, decoder_layers(hf)[1][-1], head) if one is not None]
+            for one in self._hooked:  # not in the hooks, so that a copied model finds the scope of its own
+                cast(Any, one)._svd_scope = self._scope
             if head is not None:
                 self._hooks.append(head.register_forward_pre_hook(_laid_out))
-            cast(Any, hf)._svd_scope = self._scope  # not in the hook, so that a copied model finds that of its own
+            for one in self._hooked[1:]:
+                self._hooks.append(one.register_forward_pre_hook(keep_state, with_kwargs=True))
             self._hooks.append(hf.register_forward_pre_hook(find_active, with_kwargs=True))
+            self._hooks.append(hf.register_forward_hook(decide_now, with_kwargs=True))
             self._capture_checkpoints()
         except BaseException:
             self.detach()
@@ -237,7 +270,8 @@ class SpectralModel:
             restore(module)
         for hook in self._hooks:
             hook.remove()
-        self.hf.__dict__.pop("_svd_scope", None)
+        for one in self._hooked:
+            one.__dict__.pop("_svd_scope", None)
         for parameter, needed in self._needed_gradient:
             parameter.requires_grad_(needed)
         for module in self._checkpointing:
@@ -382,13 +416,17 @@ class SpectralModel:
         mixture = self.mixture(experts, library)
         self._capture_checkpoints()
         self.check_cast()
+        with self._scope.entered(*self._in_force(mixture)):
+            yield self
+
+    def _in_force(
+        self, mixture: Mixture | None
+    ) -> tuple[tuple[Tensor, ...] | None, bool, Mixture | None, Active | None]:
+        """Return what a scope holds under a mixture."""
         if mixture is None:
-            with self._scope.entered(None, False, None):
-                yield self
-        else:
-            active = NOT_YET if mixture.invocation else None
-            with self._scope.entered(self._coefficients(mixture), mixture.core == "dense", mixture, active):
-                yield self
+            return None, False, None, None
+        active = NOT_YET if mixture.invocation else None
+        return self._coefficients(mixture), mixture.core == "dense", mixture, active
 
     def _coefficients(self, mixture: Mixture) -> tuple[Tensor, ...]:
         """Return what each matrix multiplies V^T x by: (k) | (b 1 k) | (b t k), dense (k k) | (b k k) | (b t k k)."""
@@ -458,6 +496,8 @@ class SpectralModel:
         experts: Experts | InForce = InForce.MIXTURE,
         *,
         library: Mapping[str, Expert] | Bank | None = None,
+        dispatcher: Dispatcher | None = None,
+        on_decision: Callable[[Sequence[Decision]], object] | None = None,
         attention_mask: Tensor | None = None,
         tools: Sequence[Any] | None = None,
         max_new_tokens: int | None = None,
@@ -471,6 +511,8 @@ class SpectralModel:
             experts: one mixture for all rows or one a row, as in `mixture`; None is the base. By default the mixture
                 of the enclosing `using`, else the base.
             library: where names are looked up.
+            dispatcher: decides on the mixture of every row, once, instead of `experts`; see `svdexpert.dispatch`.
+            on_decision: called with its decisions, one a prompt.
             attention_mask: (b t), for token ids with padding (on the left).
             tools: functions or JSON schemas for the chat template.
             max_new_tokens: upper bound of the reply, in tokens; 64 if None and the settings have none.
@@ -485,6 +527,7 @@ class SpectralModel:
         Raises:
             MixtureError: the rows of `experts` are not those of `prompts`, or it is by token; activated experts, and a
                 prompt in which the chat template opens no reply.
+            DispatchError: a dispatcher that cannot decide here: no library, experts that are missing, another base.
             SvdExpertError: text without a tokenizer, chats without a chat template.
         """
         if isinstance(prompts, Tensor):
@@ -493,7 +536,9 @@ class SpectralModel:
             raise SvdExpertError("attention_mask belongs to token ids; texts and chats are padded here.")
         else:
             ids, mask = self._padded(self._encode(prompts, tools), left=True)
-        mixture = self._for_rows(experts, library, ids.shape[0])
+        if dispatcher is not None and not isinstance(experts, InForce):
+            raise MixtureError("Give experts or a dispatcher, which decides on them.")
+        mixture = None if dispatcher is not None else self._for_rows(experts, library, ids.shape[0])
         if mixture is not None and mixture.offsets.dim() == 3:
             raise MixtureError("generate takes one mixture a row: tokens that do not exist yet have none of their own.")
         config = copy.deepcopy(generation.pop("generation_config", None) or self.hf.generation_config)
@@ -506,14 +551,25 @@ class SpectralModel:
             config.pad_token_id = self._pad_id()
         if config.stop_strings is not None:
             rest["tokenizer"] = self._tokenizer()
+        defaults = self.hf.generation_config  # transformers fills in from it what the given settings leave open
+        beams = config.num_beams or defaults.num_beams or 1
+        times = max(beams, config.num_return_sequences or defaults.num_return_sequences or 1)
+        pending = None
+        if dispatcher is not None:
+            asked = Asked(_contexts(prompts, tools), ids, mask)
+            bank = self._bank_for(dispatcher, library)
+            if dispatcher.reads:
+                _one_prefill(config, rest)
+                pending = self._pending(dispatcher, asked, bank, times, on_decision)
+            else:
+                mixture = self._decided(dispatcher, asked, bank, on_decision)
         if mixture is not None and mixture.invocation and config.prefill_chunk_size:
             raise MixtureError("Activated experts need the whole prompt in one pass: leave prefill_chunk_size out.")
         if mixture is not None:
-            defaults = self.hf.generation_config  # transformers fills in from it what the given settings leave open
-            beams = config.num_beams or defaults.num_beams or 1
-            mixture = mixture.repeated(max(beams, config.num_return_sequences or defaults.num_return_sequences or 1))
+            mixture = mixture.repeated(times)
         device = device_of(self.hf.get_input_embeddings())
         with self.using(mixture):
+            self._scope.pending = pending
             output = cast(Any, self.hf).generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -525,6 +581,54 @@ class SpectralModel:
             return cast(Tensor, output)
         replies = output[:, ids.shape[1] :]
         return [str(self._tokenizer().decode(row, skip_special_tokens=True)) for row in replies]
+
+    def _bank_for(self, dispatcher: Dispatcher, library: Mapping[str, Expert] | Bank | None) -> Bank:
+        """Return the bank that a dispatcher may choose from."""
+        if library is None:
+            raise DispatchError("A dispatcher needs library=...: the experts that it chooses from.")
+        dispatcher.check(self, library)
+        if isinstance(library, Mapping):
+            library = {name: library[name] for name in dispatcher.experts}
+        return self._bank(library, None)
+
+    def _decided(
+        self,
+        dispatcher: Dispatcher,
+        asked: Asked,
+        bank: Bank,
+        on_decision: Callable[[Sequence[Decision]], object] | None,
+    ) -> Mixture | None:
+        """Return the mixture of every row that a dispatcher decides on; None where no expert speaks in any."""
+        decisions = dispatcher.decide(self, asked)
+        if len(decisions) != len(asked.ids):
+            raise DispatchError(f"The dispatcher took {len(decisions)} decisions for {len(asked.ids)} prompts.")
+        weights = weights_of_rows(decisions, bank.names)
+        for one in decisions:
+            logger.debug("%s", json.dumps(one.as_json()))
+        if on_decision is not None:
+            on_decision(decisions)
+        return bank.mix(weights) if bool(weights.any()) else None
+
+    def _pending(
+        self,
+        dispatcher: Dispatcher,
+        asked: Asked,
+        bank: Bank,
+        times: int,
+        on_decision: Callable[[Sequence[Decision]], object] | None,
+    ) -> Pending:
+        """Return what decides at the end of the prompt's forward pass, where every row stands `times` times."""
+
+        def pending(state: Tensor, kwargs: dict[str, Any], output: Any) -> Any:
+            mixture = self._decided(dispatcher, replace(asked, state=state[::times]), bank, on_decision)
+            if mixture is None:
+                return output
+            mixture = mixture.repeated(times)
+            scope = self._scope
+            scope.coefficients, scope.dense, scope.mixture, scope.active = self._in_force(mixture)
+            return again(self.hf, mixture.invocation, mixture.offsets.ne(0).any(-1), kwargs, output)
+
+        return pending
 
     def logits(
         self,
@@ -674,6 +778,25 @@ def _laid_out(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     (x,) = inputs
     plain = all(stride == math.prod(x.shape[axis + 1 :]) for axis, stride in enumerate(x.stride()))
     return inputs if plain else (x.clone(memory_format=torch.contiguous_format),)
+
+
+def _contexts(prompts: Prompts, tools: Sequence[Any] | None) -> list[Context] | None:
+    """Return prompts as conversations; None where they are texts or token ids."""
+    if isinstance(prompts, Tensor | str) or isinstance(prompts[0], str):
+        return None
+    chats = [prompts] if isinstance(prompts[0], Mapping) else prompts
+    return [Context(tuple(cast(Any, chat)), tuple(tools or ())) for chat in chats]
+
+
+def _one_prefill(config: GenerationConfig, rest: Mapping[str, Any]) -> None:
+    """Refuse ways of generating that do not read the prompt in one forward pass."""
+    if config.prefill_chunk_size:
+        raise DispatchError("This dispatcher reads the prompt in one forward pass: leave prefill_chunk_size out.")
+    if rest.get("assistant_model") is not None or config.prompt_lookup_num_tokens:
+        raise DispatchError(
+            "This dispatcher decides at the end of the prompt's forward pass, and assisted decoding has none of its "
+            "own: leave assistant_model and prompt_lookup_num_tokens out, or decide first and pass experts=..."
+        )
 
 
 def _rows(ids: Tensor) -> Tensor:

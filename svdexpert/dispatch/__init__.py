@@ -1,0 +1,397 @@
+"""Who speaks when. A dispatcher is one file of this folder: it reads a conversation and says which experts speak.
+
+    examples (a context, and who should speak in it) --fit--> dispatcher --decide--> a Decision a context
+
+A module here offers
+
+    def fit(model, library, examples, validation, **settings) -> Dispatcher
+    def restored(card, tensors) -> Dispatcher                    the inverse of the dispatcher's `stored()`
+
+and its dispatcher what `svdexpert.decision.Dispatcher` asks for. The folder is the registry, and
+`load("my_package.my_strategy")` takes a strategy from anywhere on the import path. A dispatcher is one safetensors file
+that names its strategy, its base and its experts; it is refused where it does not fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svdexpert.conversation import Forward, left_padded, prompt_of, watch
+from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
+from svdexpert.errors import DispatchError, did_you_mean
+from svdexpert.expert import Expert
+from svdexpert.mixture import Bank
+from svdexpert.model import SpectralModel
+from svdexpert.skills import Case, Skill, check_tool
+from svdexpert.skills import load as load_skill
+from svdexpert.storage import whole_file
+from svdexpert.worlds import Split, World
+
+__all__ = ["Asked", "Context", "Decision", "Dispatcher", "Example", "decide", "examples_of", "fit", "load", "open_file"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context, and who should speak in it.
+
+    Attributes:
+        context: the conversation.
+        wanted: names of experts; none where the base should be left alone.
+        skill: whose case it is, "" where nobody knows. A control of one skill that wants another says that the two do
+            not speak together.
+    """
+
+    context: Context
+    wanted: frozenset[str]
+    skill: str = ""
+
+
+class Strategy(Protocol):
+    """What a module of this folder offers; see the top of this file."""
+
+    def fit(
+        self,
+        model: SpectralModel,
+        library: Mapping[str, Expert],
+        examples: Sequence[Example],
+        validation: Sequence[Example],
+        **settings: Any,
+    ) -> Any:
+        """Return a dispatcher."""
+
+    def restored(self, card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+        """Return the dispatcher that was stored."""
+
+
+def names() -> list[str]:
+    """Return the names of the strategies that ship."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Strategy:
+    """Return a strategy by the name of its file here, or by the import path of a module of one's own.
+
+    Raises:
+        DispatchError: there is none of that name, or the module lacks a part of one.
+    """
+    path = name if "." in name else f"{__name__}.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name and not path.startswith(error.name):
+            raise
+        raise DispatchError(f"There is no strategy {name!r}.{did_you_mean(name, names())}") from error
+    lacking = [part for part in ("fit", "restored") if not hasattr(module, part)]
+    if lacking:
+        raise DispatchError(
+            f"The module {path} is no strategy: it lacks {', '.join(lacking)} (see svdexpert.dispatch)."
+        )
+    return cast(Strategy, module)
+
+
+def fit(
+    strategy: str,
+    model: SpectralModel,
+    library: Mapping[str, Expert],
+    examples: Sequence[Example],
+    validation: Sequence[Example] = (),
+    **settings: Any,
+) -> Dispatcher:
+    """Make a dispatcher out of examples.
+
+    Args:
+        strategy: name of a file in this folder, or an import path.
+        model: attached, with a tokenizer that has a chat template.
+        library: the experts, by name.
+        examples: what it learns from.
+        validation: what its settings are chosen on; a fifth of the examples if there is none.
+        settings: of the strategy.
+
+    Raises:
+        DispatchError: no experts, fewer examples than experts, an example that wants an expert nobody has, an unknown
+            setting.
+    """
+    module = load(strategy)
+    present((), library)
+    wanted = Counter(name for one in (*examples, *validation) for name in one.wanted)
+    for name in wanted:
+        if name not in library:
+            raise DispatchError(f"An example wants {name!r}, which the library lacks." + did_you_mean(name, library))
+    if len(examples) <= len(library):
+        raise DispatchError(
+            f"There are {len(examples)} examples for {len(library)} experts and the base: give several of each, and of "
+            "contexts in which no expert should speak."
+        )
+    if not validation:
+        examples, validation = (
+            [one for place, one in enumerate(examples) if (place % 5 == 4) == kept] for kept in (False, True)
+        )
+    try:
+        return cast(Dispatcher, module.fit(model, library, examples, validation, **settings))
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise DispatchError(f"{strategy} has no such setting: {error}") from error
+
+
+# --- examples
+
+
+def examples_of(
+    skills: Sequence[str], world: World, split: Split, n: int, *, seed: int = 0, plain: float = 0.5
+) -> list[Example]:
+    """Return contexts of skills, and who should speak in each: the skill whose move the demonstration makes.
+
+    Args:
+        skills: names of skills, which are names of experts.
+        world: where cases come from.
+        split: the split.
+        n: cases of each skill, even.
+        seed: of the world's draws.
+        plain: knowing questions, in which nobody should speak, as a share of the cases.
+
+    Raises:
+        SkillError: an unknown skill, n is odd.
+    """
+    loaded = {name: load_skill(name) for name in skills}
+    found = []
+    for name, skill in loaded.items():
+        cases = skill.cases(world, split, n, seed=seed)
+        found += [Example(Context(one.messages, one.tools), _wanted(name, one, skill, loaded), name) for one in cases]
+        asked = cases[: round(plain * n)]
+        found += [Example(Context(one.knowing.messages, one.knowing.tools), frozenset()) for one in asked]
+    return found
+
+
+def _wanted(name: str, case: Case, skill: Skill, loaded: Mapping[str, Skill]) -> frozenset[str]:
+    if case.positive:
+        return frozenset([name])
+    made = skill.verify(case, case.gold[0]).move
+    return frozenset(other for other, one in loaded.items() if made == one.MOVE)
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Return the examples in a JSONL file: `messages`, `experts` (a list of names, maybe empty), and maybe `tools`.
+
+    Raises:
+        DispatchError: no such file, no rows, or a row that is not of that form; it names the row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DispatchError(f"{path} is no file of examples (JSONL).")
+    return list(_read(path))
+
+
+def _read(path: Path) -> Iterator[Example]:
+    form = 'expected {"messages": [...], "experts": ["name", ...], "tools": [...]}'
+    empty = True
+    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DispatchError(f"{path.name}:{place}: no JSON ({error}).") from error
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if not messages or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+            raise DispatchError(f"{path.name}:{place}: found {line[:80]!r}, {form}.")
+        wanted = row.get("experts")
+        if not isinstance(wanted, list) or not all(isinstance(one, str) for one in wanted):
+            raise DispatchError(f"{path.name}:{place}: experts is {wanted!r}, {form}.")
+        for tool in row.get("tools") or ():
+            check_tool(tool)
+        yield Example(Context(tuple(messages), tuple(row.get("tools") or ())), frozenset(wanted))
+        empty = False
+    if empty:
+        raise DispatchError(f"{path} holds no examples, {form}.")
+
+
+# --- reading and deciding
+
+
+def decide(
+    dispatcher: Dispatcher,
+    model: SpectralModel,
+    contexts: Sequence[Context],
+    library: Mapping[str, Expert] | Bank,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Decision]:
+    """Return the decision on every context, without a reply.
+
+    Args:
+        dispatcher: takes them.
+        model: attached, with a tokenizer that has a chat template.
+        contexts: at least one message each.
+        library: the experts that may speak.
+        batch_size: rows of a forward pass.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DispatchError: the dispatcher is for another base or other experts, an empty conversation.
+        TooLongError: a last turn that does not fit the model.
+    """
+    dispatcher.check(model, library)
+    found: dict[int, Decision] = {}
+    for places, ids, seen in _batches(model, contexts, batch_size, progress):
+        some = [contexts[place] for place in places]
+        state = read(model, ids, seen) if dispatcher.reads else None
+        found.update(zip(places, dispatcher.decide(model, Asked(some, ids, seen, state)), strict=True))
+    return [found[place] for place in range(len(contexts))]
+
+
+def states_of(
+    model: SpectralModel, contexts: Sequence[Context], *, batch_size: int = 32, progress: bool = False
+) -> Tensor:
+    """Return what `read` makes of contexts (n d)."""
+    found: dict[int, Tensor] = {}
+    for places, ids, seen in _batches(model, contexts, batch_size, progress):
+        found.update(zip(places, read(model, ids, seen).cpu(), strict=True))
+    return torch.stack([found[place] for place in range(len(contexts))])
+
+
+@torch.no_grad()
+def read(model: SpectralModel, ids: Tensor, seen: Tensor) -> Tensor:
+    """Return what the base has in mind at the end of prompts.
+
+    Args:
+        model: attached.
+        ids: (b t), padded on the left.
+        seen: 1 where a token stands (b t).
+
+    Returns:
+        The hidden states of the last token as they enter the last layer and the output head, side by side (b d), fp32.
+    """
+    found: list[Tensor] = []
+
+    def keep(state: Tensor, kwargs: dict[str, Any], output: Any) -> Any:
+        found.append(state)
+        return output
+
+    with model.using(None):
+        model._scope.pending = keep
+        Forward(model.hf).logits(ids, seen, 1, use_cache=False)
+    return found[0]
+
+
+def _batches(
+    model: SpectralModel, contexts: Sequence[Context], batch_size: int, progress: bool
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield places of contexts of similar length, with their ids and mask."""
+    for place, one in enumerate(contexts):
+        if not one.messages:
+            raise DispatchError(f"Conversation {place} is empty: there is nothing to decide on.")
+    rows = [prompt_of(model, list(one.messages), list(one.tools), [], 0).ids for one in contexts]  # type: ignore[arg-type]
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    device = Forward(model.hf).device
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for batch in watch(batches, "reading", progress):
+        yield batch, *left_padded([rows[place] for place in batch], device)
+
+
+# --- files
+
+
+def stamp(model: SpectralModel, experts: Sequence[str], library: Mapping[str, Expert] | Bank) -> dict[str, Any]:
+    """Return what a dispatcher was made for: the base and the experts, by digest."""
+    return {"base": model.basis.key.base, "weights": _base(model), "experts": _experts(model, experts, library)}
+
+
+def check(made_for: Mapping[str, Any], model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
+    """Check that a base and a library are those that a dispatcher was made for.
+
+    Raises:
+        DispatchError: they are not.
+    """
+    present(tuple(made_for["experts"]), library)
+    if _base(model) != made_for["weights"]:
+        raise DispatchError(
+            f"The dispatcher was fitted on {made_for['base']}, whose weights are not those of {model.basis.key.base} "
+            "here: what it reads means something else. Fit one on this base."
+        )
+    now = _experts(model, tuple(made_for["experts"]), library)
+    for name, digest in made_for["experts"].items():
+        if now[name] != digest:
+            raise DispatchError(
+                f"The expert {name!r} of the library is another version than the one the dispatcher was fitted with. "
+                "Fit it again, or give the library of that time."
+            )
+
+
+def _base(model: SpectralModel) -> str:
+    prints = {name: one.fingerprint for name, one in model.basis.key.matrices.items()}
+    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+
+
+def _experts(model: SpectralModel, experts: Sequence[str], library: Mapping[str, Expert] | Bank) -> dict[str, str]:
+    rows = (
+        {name: library.offsets[library.names.index(name)] for name in experts}
+        if isinstance(library, Bank)
+        else {name: library[name].flat(model.basis) for name in experts}
+    )
+    return {name: hashlib.sha256(one.cpu().contiguous().numpy().data).hexdigest() for name, one in rows.items()}
+
+
+KIND = "svdexpert.dispatcher"
+VERSION = 1
+
+
+def save_dispatcher(dispatcher: Any, path: str | Path) -> Path:
+    """Write a dispatcher as one safetensors file.
+
+    Args:
+        dispatcher: of a strategy of this folder, or one that has `strategy` and `stored()` as they do.
+        path: of the file; its folder is made.
+
+    Raises:
+        DispatchError: the file cannot be written; what was there before is intact.
+    """
+    path = Path(path)
+    card, tensors = dispatcher.stored()
+    text = json.dumps({"version": VERSION, "strategy": dispatcher.strategy, **card}, allow_nan=False)
+    try:
+        with whole_file(path) as temporary:
+            save_file({name: one.contiguous() for name, one in tensors.items()}, temporary, {KIND: text})
+    except OSError as error:
+        raise DispatchError(f"{path} cannot be written ({error}); what was there before is intact.") from error
+    return path
+
+
+def open_file(path: str | Path) -> Dispatcher:
+    """Return the dispatcher in a file.
+
+    Raises:
+        DispatchError: no such file, not one of ours, damaged, or of a later version.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KIND)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise DispatchError(f"{path} is no dispatcher ({error}): svdexpert dispatch fit makes one.") from error
+    if text is None:
+        raise DispatchError(f"{path} is a safetensors file, and no dispatcher: svdexpert dispatch fit makes one.")
+    try:
+        card = json.loads(text)
+        if card["version"] != VERSION:
+            raise DispatchError(f"{path} has version {card['version']}, this library reads {VERSION}: fit it again.")
+        if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
+            raise DispatchError(f"{path} holds NaN or infinite values: fit it again.")
+        return cast(Dispatcher, load(card["strategy"]).restored(card, tensors))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DispatchError(f"{path} is damaged ({type(error).__name__}: {error}): fit it again.") from error

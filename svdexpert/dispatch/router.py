@@ -1,0 +1,239 @@
+"""Router: what the base has in mind at the end of the prompt says who should speak.
+
+    p_e = sigmoid(w_e . state + b_e)       state: the last token, as it enters the last layer and the output head (d)
+    expert e speaks, at weight 1, where p_e >= 1/2; nobody does where the set is less sure than `abstain_below`
+
+One logistic regression an expert, on states of the base that the prompt's own forward pass has made anyway. Skills
+show late: in harbor hardly at all in the layer where experts begin, almost fully in the last two. Activated experts
+leave the prompt's cache as it is, so that only the tokens that open the reply are computed again under the mixture.
+
+No example has to want two experts. What pairs look like is guessed: half of one context's state and half of another's
+want the experts of both (mixup, Zhang et al. 2018, arXiv:1710.09412), for pairs that do not exclude one another. The
+penalty, the temperature (Guo et al. 2017, arXiv:1706.04599) and the threshold are chosen on the validation examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from svdexpert.decision import Asked, Decision
+from svdexpert.dispatch import Example, check, stamp, states_of
+from svdexpert.errors import DispatchError
+from svdexpert.expert import Expert
+from svdexpert.mixture import Bank
+from svdexpert.model import SpectralModel
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Weights of |w|^2 that are tried, with standardised states and the mean loss of the examples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """Logistic regressions on what the base has in mind.
+
+    Attributes:
+        weight: of the state, temperature included (e d).
+        bias: (e).
+        abstain_below: confidence under which nobody speaks, in [0, 1].
+        made_for: the base and the experts, by digest.
+        scores: of the validation examples: accuracy, calibration error (JSON values).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    abstain_below: float
+    made_for: Mapping[str, Any]
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    reads: ClassVar[bool] = True
+    strategy: ClassVar[str] = "router"
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts that it may let speak."""
+        return tuple(self.made_for["experts"])
+
+    def check(self, model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
+        """Raise a DispatchError unless base and experts are those that it was fitted with."""
+        check(self.made_for, model, library)
+
+    def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
+        """Return a decision for every row of `asked.state`."""
+        if asked.state is None:
+            raise DispatchError("A router reads the state of the prompt, and was given none.")
+        table = probabilities(asked.state, self.weight, self.bias)
+        return [self._decision(dict(zip(self.experts, row, strict=True))) for row in table.tolist()]
+
+    def _decision(self, scores: Mapping[str, float]) -> Decision:
+        sure = 1.0
+        for one in scores.values():
+            sure *= max(one, 1 - one)
+        chosen = {name: 1.0 for name, one in scores.items() if one >= 0.5 and sure >= self.abstain_below}
+        because = ", ".join(f"{name} {one:.2f}" for name, one in scores.items())
+        return Decision(chosen, sure, f"read from the prompt's last state: {because}", scores)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what a file holds."""
+        card = {"abstain_below": self.abstain_below, "made_for": dict(self.made_for), "scores": dict(self.scores)}
+        return card, {"weight": self.weight, "bias": self.bias}
+
+
+def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:
+    """Return what was stored."""
+    weight, bias = tensors["weight"], tensors["bias"]
+    if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(card["made_for"]["experts"]) != len(bias):
+        raise ValueError(f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")
+    return Router(weight, bias, float(card["abstain_below"]), card["made_for"], card["scores"])
+
+
+def probabilities(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return how likely each expert should speak (b e), from states (b d)."""
+    return (state.float() @ weight.to(state.device).mT + bias.to(state.device)).sigmoid()
+
+
+def fit(
+    model: SpectralModel,
+    library: Mapping[str, Expert],
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    *,
+    pairs: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Router:
+    """Fit a router.
+
+    Args:
+        model: attached.
+        library: the experts that it may let speak.
+        examples: that want one expert or none, or several.
+        validation: as many kinds; penalty, temperature and threshold are chosen on it.
+        pairs: guessed examples of two experts, as a multiple of those that want either of them; 0 for none.
+        seed: of their draw.
+        batch_size: rows of a forward pass.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DispatchError: an expert that no example wants.
+    """
+    names = tuple(library)
+    wanted, wanted_in_validation = labels(examples, names), labels(validation, names)
+    for name, count in zip(names, wanted.sum(0).tolist(), strict=True):
+        if not count:
+            raise DispatchError(f"No example wants {name!r}: give some, or leave it out of the library.")
+    states = states_of(model, [one.context for one in examples], batch_size=batch_size, progress=progress).double()
+    held = states_of(model, [one.context for one in validation], batch_size=batch_size, progress=progress).double()
+    mean, scale = states.mean(0), states.std(0) + 1e-6
+    states, held = (states - mean) / scale, (held - mean) / scale
+    mixed, mixed_wanted = guessed_pairs(states, wanted, excluding(examples), names, pairs, seed)
+    rows, targets = torch.cat([states, mixed]), torch.cat([wanted, mixed_wanted])
+
+    best: tuple[float, float, Tensor, Tensor] | None = None
+    for penalty in PENALTIES:
+        weight, bias = regressions(rows, targets, penalty)
+        logits = held @ weight.mT + bias
+        loss = float(nn.functional.binary_cross_entropy_with_logits(logits, wanted_in_validation))
+        right = float(((logits >= 0) == wanted_in_validation.bool()).all(-1).double().mean())
+        if best is None or (right, -loss) > best[:2]:
+            best = (right, -loss, weight, bias)
+    assert best is not None
+    weight, bias = best[2:]
+    temperature = fitted_temperature(held @ weight.mT + bias, wanted_in_validation)
+    table = ((held @ weight.mT + bias) / temperature).sigmoid()
+    threshold, accuracy = abstention(table, wanted_in_validation)
+    folded = weight / scale / temperature
+    scores = {
+        "n": len(validation),
+        "accuracy": accuracy,
+        "calibration_error": calibration_error(table, wanted_in_validation),
+        "temperature": temperature,
+    }
+    made_for = stamp(model, names, library)
+    return Router(folded.float(), (bias / temperature - folded @ mean).float(), threshold, made_for, scores)
+
+
+def labels(examples: Sequence[Example], names: Sequence[str]) -> Tensor:
+    """Return 1 where an example wants an expert (n e)."""
+    return torch.tensor([[float(name in one.wanted) for name in names] for one in examples], dtype=torch.float64)
+
+
+def excluding(examples: Sequence[Example]) -> set[frozenset[str]]:
+    """Return pairs of experts that do not speak together: a control of one wants the other."""
+    return {
+        frozenset([one.skill, other])
+        for one in examples
+        for other in one.wanted
+        if one.skill and one.skill not in one.wanted
+    }
+
+
+def guessed_pairs(
+    states: Tensor, wanted: Tensor, excluded: set[frozenset[str]], names: Sequence[str], share: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return means of two states that want one expert each, another one (n d), and their labels (n e)."""
+    draw = torch.Generator().manual_seed(seed)
+    alone = wanted.sum(-1) == 1
+    rows, targets = [states[:0]], [wanted[:0]]
+    for one, other in combinations(range(len(names)), 2):
+        if frozenset([names[one], names[other]]) in excluded:
+            continue
+        pools = [((wanted[:, place] == 1) & alone).nonzero().squeeze(-1) for place in (one, other)]
+        count = round(share * sum(map(len, pools))) if all(map(len, pools)) else 0
+        picked = [pool[torch.randint(len(pool), (count,), generator=draw)] for pool in pools] if count else []
+        if picked:
+            rows.append((states[picked[0]] + states[picked[1]]) / 2)
+            targets.append(wanted[picked[0]] + wanted[picked[1]])
+    return torch.cat(rows), torch.cat(targets)
+
+
+def regressions(states: Tensor, wanted: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Return weights (e d) and biases (e) of one logistic regression an expert, by L-BFGS."""
+    weight = torch.zeros(wanted.shape[1], states.shape[1], dtype=states.dtype, requires_grad=True)
+    bias = torch.zeros(wanted.shape[1], dtype=states.dtype, requires_grad=True)
+    search = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        losses = nn.functional.binary_cross_entropy_with_logits(states @ weight.mT + bias, wanted, reduction="none")
+        total = losses.mean(0).sum() + penalty * weight.square().sum()
+        total.backward()
+        return total
+
+    search.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def fitted_temperature(logits: Tensor, wanted: Tensor) -> float:
+    """Return what logits (n e) have to be divided by to be likeliest, in [1/4, 8]."""
+    grid = torch.logspace(-2, 3, 101, base=2.0, dtype=logits.dtype)
+    losses = [nn.functional.binary_cross_entropy_with_logits(logits / one, wanted) for one in grid]
+    return float(grid[int(torch.stack(losses).argmin())])
+
+
+def abstention(table: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Return the confidence under which it is best that nobody speaks, and the share of sets that are right with it."""
+    sure = torch.maximum(table, 1 - table).prod(-1)
+    best, found = 0.0, -1.0
+    for threshold in [0.0, *sorted(set(sure.tolist()))]:
+        chosen = (table >= 0.5) & (sure >= threshold).unsqueeze(-1)
+        right = float((chosen == wanted.bool()).all(-1).double().mean())
+        if right > found + 1e-12:
+            best, found = threshold, right
+    return best, found
+
+
+def calibration_error(table: Tensor, wanted: Tensor, bins: int = 10) -> float:
+    """Return the expected calibration error of probabilities (n e): the mean distance, by bins of equal width."""
+    places = (table * bins).long().clamp(max=bins - 1)
+    total = 0.0
+    for place in range(bins):
+        inside = places == place
+        if bool(inside.any()):
+            total += float((table[inside].mean() - wanted[inside].mean()).abs() * inside.double().mean())
+    return total

@@ -1,0 +1,359 @@
+"""Dispatchers: one pass equals two, rows do not matter to one another, abstaining is the base, files fit their base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from torch import Tensor
+
+from svdexpert import DispatchError, Expert, MixtureError, SpectralModel
+from svdexpert.decision import Asked, Context, Decision
+from svdexpert.dispatch import (
+    Example,
+    decide,
+    fit,
+    load,
+    open_file,
+    read,
+    read_examples,
+    save_dispatcher,
+)
+from svdexpert.dispatch.fixed import Fixed
+from svdexpert.dispatch.router import Router, abstention, calibration_error, excluding, guessed_pairs, regressions
+
+Attach = Callable[..., SpectralModel]
+CHATS = [[{"role": "user", "content": text}] for text in ("hello there", "no", "what is it? tell me", "book")]
+OPENS = (97 - 29, 58 - 29, 32 - 29)  # "a: " of the tests' chat template
+
+
+@dataclass
+class Halves:
+    """Lets experts speak by whether sums of the state are odd: depends on the row alone."""
+
+    experts: tuple[str, ...]
+    reads: bool = True
+
+    def check(self, model: Any, library: Any) -> None:
+        pass
+
+    def decide(self, model: Any, asked: Asked) -> list[Decision]:
+        assert asked.state is not None
+        parts = [part.sum(-1) for part in asked.state.chunk(len(self.experts), -1)]
+        return [
+            Decision(
+                {name: float(part[row].mul(3).floor() % 2) for name, part in zip(self.experts, parts, strict=True)},
+                1.0,
+                "sums",
+            )
+            for row in range(len(asked.ids))
+        ]
+
+
+def library(model: SpectralModel, activated: bool = True) -> dict[str, Expert]:
+    opens = OPENS if activated else ()
+    return {
+        name: replace(Expert.random(model.basis, std=0.3, seed=seed), invocation=opens)
+        for seed, name in enumerate(("ask", "doubt", "call"))
+    }
+
+
+def replies(model: SpectralModel, chats: Sequence[Any], **how: Any) -> tuple[list[str], list[Decision]]:
+    decisions: list[Decision] = []
+    found = model.generate(chats, max_new_tokens=8, on_decision=decisions.extend, **how)
+    assert isinstance(found, list)
+    return found, decisions
+
+
+# --- one pass
+
+
+@pytest.mark.parametrize("activated", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_deciding_in_the_prefill_is_deciding_first(name: str, activated: bool, attached: Attach) -> None:
+    model = attached(name)
+    experts = library(model, activated)
+    dispatcher = Halves(tuple(experts))
+    contexts = [Context(tuple(chat)) for chat in CHATS]
+    first = decide(dispatcher, model, contexts, experts)
+    assert len({tuple(one.weights.items()) for one in first}) > 1
+    weights = [dict(one.weights) for one in first]
+    for how in ({}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}):
+        found, decisions = replies(model, CHATS, dispatcher=dispatcher, library=experts, **how)
+        assert [one.weights for one in decisions] == [one.weights for one in first]
+        assert found == model.generate(CHATS, weights, library=experts, max_new_tokens=8, **how)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_the_scores_of_one_pass_are_those_of_two(activated: bool, attached: Attach) -> None:
+    model = attached()
+    experts = library(model, activated)
+    dispatcher = Halves(tuple(experts))
+    kept: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 6}
+    routed = model.generate(CHATS, dispatcher=dispatcher, library=experts, **kept)
+    contexts = [Context(tuple(chat)) for chat in CHATS]
+    weights = [dict(one.weights) for one in decide(dispatcher, model, contexts, experts)]
+    given = model.generate(CHATS, weights, library=experts, **kept)
+    torch.testing.assert_close(torch.stack(routed.logits), torch.stack(given.logits), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_do_not_influence_each_other(model: SpectralModel) -> None:
+    experts = library(model)
+    dispatcher = Halves(tuple(experts))
+    together, decisions = replies(model, CHATS, dispatcher=dispatcher, library=experts)
+    for row, chat in enumerate(CHATS):
+        alone, its = replies(model, [chat], dispatcher=dispatcher, library=experts)
+        assert alone == [together[row]]
+        assert its[0].weights == decisions[row].weights
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_abstaining_is_the_base_bit_for_bit(activated: bool, attached: Attach) -> None:
+    model = attached()
+    experts = library(model, activated)
+
+    class First(Halves):
+        """Lets an expert speak in the first row alone, or in none."""
+
+        speaks = True
+
+        def decide(self, model: Any, asked: Asked) -> list[Decision]:
+            rows = [Decision({"ask": 1.0}, 1.0, "") if self.speaks else Decision({}, 1.0, "")]
+            return rows + [Decision({}, 1.0, "") for _ in asked.ids[1:]]
+
+    dispatcher = First(tuple(experts))
+    kept: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 6}
+    base = model.generate(CHATS, **kept)
+    routed = model.generate(CHATS, dispatcher=dispatcher, library=experts, **kept)
+    assert not torch.equal(torch.stack(routed.logits)[:, 0], torch.stack(base.logits)[:, 0])
+    if activated:  # else the prompt is read again, in a batch that holds other numbers
+        assert torch.equal(torch.stack(routed.logits)[:, 1:], torch.stack(base.logits)[:, 1:])
+    dispatcher.speaks = False
+    nobody = model.generate(CHATS, dispatcher=dispatcher, library=experts, **kept)
+    assert torch.equal(torch.stack(nobody.logits), torch.stack(base.logits))
+
+
+def test_the_model_is_the_base_again_afterwards(model: SpectralModel) -> None:
+    experts = library(model)
+    before = model.logits(CHATS)
+    replies(model, CHATS, dispatcher=Halves(tuple(experts)), library=experts)
+    assert torch.equal(model.logits(CHATS), before)
+
+
+def test_a_decision_is_for_one_call(model: SpectralModel) -> None:
+    class Fails(Halves):
+        def decide(self, model: Any, asked: Asked) -> list[Decision]:
+            raise DispatchError("no")
+
+    experts = library(model)
+    with pytest.raises(DispatchError, match="no"):
+        replies(model, CHATS, dispatcher=Fails(tuple(experts)), library=experts)
+    assert model.generate(CHATS, max_new_tokens=4) == model.generate(CHATS, None, max_new_tokens=4)
+
+
+# --- the router
+
+
+CUES = {"ask": "book", "doubt": "moon", "call": "taxi"}
+
+
+def examples(n: int, seed: int = 0) -> list[Example]:
+    """Return contexts that hold the cue of an expert, or none."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(n):
+        noise = "".join("efghij "[int(one)] for one in torch.randint(7, (4,), generator=draw))
+        for name, cue in (*CUES.items(), ("", "    ")):
+            message = {"role": "user", "content": noise + cue}
+            found.append(Example(Context((message,)), frozenset([name]) if name else frozenset()))
+    return found
+
+
+@pytest.fixture
+def router(model: SpectralModel) -> Router:
+    found = fit("router", model, library(model), examples(60), examples(20, seed=1))
+    assert isinstance(found, Router)
+    return found
+
+
+def test_a_router_learns_whom_a_context_wants(model: SpectralModel, router: Router) -> None:
+    rows = examples(10, seed=2)
+    found = decide(router, model, [one.context for one in rows], library(model))
+    assert sum(one.chosen == row.wanted for one, row in zip(found, rows, strict=True)) / len(rows) > 0.8  # chance: 0.25
+    assert router.scores["accuracy"] > 0.8
+    assert all(0 <= score <= 1 for one in found for score in one.scores.values())
+    json.dumps([one.as_json() for one in found])
+
+
+def test_a_file_holds_the_router(model: SpectralModel, router: Router, tmp_path: Path) -> None:
+    again = open_file(save_dispatcher(router, tmp_path / "router.safetensors"))
+    contexts = [one.context for one in examples(2, seed=3)]
+    assert decide(again, model, contexts, library(model)) == decide(router, model, contexts, library(model))
+
+
+def test_a_router_is_refused_on_another_base_and_with_other_experts(
+    attached: Attach, model: SpectralModel, router: Router
+) -> None:
+    other = attached("qwen2")
+    contexts = [examples(1)[0].context]
+    with pytest.raises(DispatchError, match="another version"):
+        decide(router, model, contexts, library(model) | {"ask": library(model)["call"]})
+    with pytest.raises(DispatchError, match="does not hold"):
+        decide(router, model, contexts, {"ask": library(model)["ask"]})
+    with pytest.raises(DispatchError, match="fitted on"):
+        decide(router, other, contexts, library(other))
+    with pytest.raises(DispatchError, match="no experts"):
+        decide(router, model, contexts, {})
+    with pytest.raises(DispatchError, match="is empty"):
+        decide(router, model, [Context(())], library(model))
+    assert model.generate(CHATS, max_new_tokens=2)
+
+
+def test_pairs_that_exclude_one_another_are_not_guessed() -> None:
+    control = Example(Context(()), frozenset(["call"]), "ask")
+    assert excluding([control, Example(Context(()), frozenset(["ask"]), "ask")]) == {frozenset(["ask", "call"])}
+    states, wanted = torch.eye(6, dtype=torch.float64), torch.eye(3, dtype=torch.float64).repeat(2, 1)
+    rows, labels = guessed_pairs(states, wanted, {frozenset(["ask", "call"])}, ("ask", "doubt", "call"), 2.0, 0)
+    assert len(rows) == 16  # two pairs, each of two and two
+    assert {tuple(one) for one in labels.tolist()} == {(1, 1, 0), (0, 1, 1)}
+    assert set(rows.flatten().tolist()) == {0.0, 0.5}
+
+
+def test_the_parts_of_the_fit_on_hand_written_numbers() -> None:
+    states = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
+    weight, bias = regressions(states, torch.tensor([[0.0], [1.0], [0.0], [1.0]], dtype=torch.float64), 0.1)
+    # the derivative of log(1 + exp(-w)) + 0.1 w^2 is 0
+    assert float(0.2 * weight - 1 / (1 + weight.exp())) == pytest.approx(0, abs=1e-4)
+    assert float(bias) == pytest.approx(0, abs=1e-4)
+    table = torch.tensor([[0.9], [0.6], [0.1]])
+    assert abstention(table, torch.tensor([[1.0], [0.0], [0.0]])) == (pytest.approx(0.9), 1.0)
+    assert calibration_error(table, torch.tensor([[1.0], [0.0], [0.0]])) == pytest.approx((0.1 + 0.6 + 0.1) / 3)
+
+
+# --- strategies, and what is refused
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights"),
+    [("none", 0.0), ("uniform", 1 / 3), ("sum", 1.0)],
+)
+def test_fixed_rules(rule: str, weights: float, model: SpectralModel) -> None:
+    experts = library(model)
+    dispatcher = fit("fixed", model, experts, examples(2), rule=rule)
+    found, decisions = replies(model, CHATS, dispatcher=dispatcher, library=experts)
+    assert decisions[0].weights == dict.fromkeys(experts, weights)
+    assert decisions[0].abstained == (rule == "none")
+    assert found == model.generate(CHATS, dict.fromkeys(experts, weights), library=experts, max_new_tokens=8)
+
+
+def test_the_best_single_expert(model: SpectralModel, tmp_path: Path) -> None:
+    rows = [one for one in examples(3) if one.wanted != {"ask"}] + [one for one in examples(2) if "call" in one.wanted]
+    dispatcher = fit("fixed", model, library(model), rows, rule="best")
+    assert dispatcher == open_file(save_dispatcher(dispatcher, tmp_path / "best.safetensors"))
+    assert dispatcher.experts == ("call",)
+
+
+def test_what_generate_refuses(model: SpectralModel) -> None:
+    experts = library(model)
+    halves = Halves(tuple(experts))
+    with pytest.raises(MixtureError, match="Give experts or a dispatcher"):
+        model.generate(CHATS, "ask", dispatcher=halves, library=experts)
+    with pytest.raises(DispatchError, match="needs library"):
+        model.generate(CHATS, dispatcher=halves)
+    with pytest.raises(DispatchError, match="prefill_chunk_size"):
+        model.generate(CHATS, dispatcher=halves, library=experts, prefill_chunk_size=2)
+    with pytest.raises(DispatchError, match="assisted"):
+        model.generate(CHATS[:1], dispatcher=halves, library=experts, prompt_lookup_num_tokens=2)
+    with pytest.raises(DispatchError, match="holds no experts"):
+        model.generate(CHATS, dispatcher=Fixed({"ask": 1.0}), library={})
+
+    class Wrong(Halves):
+        reads = False
+        said: Sequence[Decision] = ()
+
+        def decide(self, model: Any, asked: Asked) -> list[Decision]:
+            return list(self.said)
+
+    wrong = Wrong(tuple(experts))
+    with pytest.raises(DispatchError, match="0 decisions for 4 prompts"):
+        model.generate(CHATS, dispatcher=wrong, library=experts)
+    wrong.said = [Decision({"ask": float("nan")}, 1.0, "")] * 4
+    with pytest.raises(DispatchError, match="finite"):
+        model.generate(CHATS, dispatcher=wrong, library=experts)
+    wrong.said = [Decision({"asks": 1.0}, 1.0, "")] * 4
+    with pytest.raises(DispatchError, match="Did you mean 'ask'"):
+        model.generate(CHATS, dispatcher=wrong, library=experts)
+    assert model.generate(CHATS, max_new_tokens=2)
+
+
+def test_what_fit_refuses(model: SpectralModel) -> None:
+    experts = library(model)
+    with pytest.raises(DispatchError, match=r"no strategy 'ruoter'\. Did you mean 'router'"):
+        fit("ruoter", model, experts, examples(3))
+    with pytest.raises(DispatchError, match="holds no experts"):
+        fit("router", model, {}, examples(3))
+    with pytest.raises(DispatchError, match="2 examples for 3 experts"):
+        fit("router", model, experts, examples(1)[:2])
+    with pytest.raises(DispatchError, match="wants 'taxi', which the library lacks"):
+        fit("router", model, experts, [*examples(2), Example(Context(CHATS[0]), frozenset(["taxi"]))])  # type: ignore[arg-type]
+    with pytest.raises(DispatchError, match="No example wants 'call'"):
+        fit("router", model, experts, [one for one in examples(4) if "call" not in one.wanted])
+    with pytest.raises(DispatchError, match="no such setting"):
+        fit("router", model, experts, examples(4), depth=3)
+    with pytest.raises(DispatchError, match="lacks fit"):
+        load("svdexpert.mixture")
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("{", "no JSON"),
+        ('{"messages": [], "experts": []}', "expected"),
+        ('{"messages": [{"role": "user", "content": "a"}], "experts": "ask"}', "experts is 'ask'"),
+        ("[1]", "expected"),
+        ("", "no examples"),
+    ],
+)
+def test_bad_rows_of_examples(row: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(row)
+    with pytest.raises(DispatchError, match=complaint):
+        read_examples(path)
+
+
+def test_good_rows_of_examples(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps({"messages": CHATS[0], "experts": ["ask"]}) + "\n\n")
+    assert read_examples(path) == [Example(Context(tuple(CHATS[0])), frozenset(["ask"]))]
+    with pytest.raises(DispatchError, match="no file"):
+        read_examples(tmp_path / "none.jsonl")
+
+
+def test_bad_files(model: SpectralModel, router: Router, tmp_path: Path) -> None:
+    path = save_dispatcher(router, tmp_path / "router.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DispatchError, match="no dispatcher"):
+        open_file(path)
+    save_dispatcher(replace(router, weight=router.weight * float("nan")), path)
+    with pytest.raises(DispatchError, match="NaN"):
+        open_file(path)
+    save_dispatcher(replace(router, bias=router.bias[:1]), path)
+    with pytest.raises(DispatchError, match="damaged"):
+        open_file(path)
+    library(model)["ask"].save(tmp_path / "ask")
+    with pytest.raises(DispatchError, match="and no dispatcher"):
+        open_file(tmp_path / "ask" / "expert.safetensors")
+
+
+def test_reading_does_not_depend_on_padding(model: SpectralModel) -> None:
+    row = torch.randint(3, 96, (1, 6), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([torch.zeros(1, 5, dtype=row.dtype), row], -1)
+    seen: Tensor = torch.cat([torch.zeros(1, 5), torch.ones(1, 6)], -1).long()
+    torch.testing.assert_close(read(model, padded, seen), read(model, row, torch.ones_like(row)), atol=1e-5, rtol=1e-5)
