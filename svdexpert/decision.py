@@ -19,6 +19,7 @@ from torch import Tensor
 from svdexpert.errors import DispatchError, did_you_mean
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank
+from svdexpert.worlds import Message, Tool
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Context:
         tools: JSON schemas of functions.
     """
 
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, byte_tokenizer, tiny
 from torch import Tensor
 
-from svdexpert import DispatchError, Expert, MixtureError, SpectralModel
+from svdexpert import DispatchError, Expert, MixtureError, Recipe, SpectralModel
+from svdexpert.conversation import continuation
 from svdexpert.decision import Asked, Context, Decision
 from svdexpert.dispatch import (
+    NOBODY,
     Example,
     decide,
     fit,
     load,
     open_file,
+    question,
     read,
     read_examples,
     save_dispatcher,
 )
+from svdexpert.dispatch.fewshot import loss_of, search
 from svdexpert.dispatch.fixed import Fixed
 from svdexpert.dispatch.router import Router, abstention, calibration_error, excluding, guessed_pairs, regressions
+from svdexpert.worlds import user
 
 Attach = Callable[..., SpectralModel]
 CHATS = [[{"role": "user", "content": text}] for text in ("hello there", "no", "what is it? tell me", "book")]
@@ -237,6 +242,104 @@ def test_the_parts_of_the_fit_on_hand_written_numbers() -> None:
 
 
 # --- strategies, and what is refused
+
+
+@pytest.fixture
+def long(attached: Attach) -> SpectralModel:
+    """Return a model with room for questions about conversations."""
+    hf = tiny("llama", max_position_embeddings=1024)
+    return SpectralModel.attach(hf, byte_tokenizer(), k=8, progress=False)
+
+
+def test_the_base_is_asked_in_a_prompt_of_its_own(long: SpectralModel, tmp_path: Path) -> None:
+    experts = library(long)
+    labels = {name: f"say {name}" for name in experts}
+    dispatcher = fit("prompt", long, experts, examples(2), labels=labels)
+    contexts = [one.context for one in examples(1)]
+    found = decide(dispatcher, long, contexts, experts)
+    texts = [question(one, {**labels, NOBODY: "anything else"}) for one in contexts]
+    for text, decision in zip(texts, found, strict=True):
+        assert "ask: say ask" in text["content"]
+        alone = [float(long.logprobs([[text]], [name])[0].sum()) for name in (*experts, NOBODY)]
+        empty = question(Context((user("..."),)), {**labels, NOBODY: "anything else"})
+        prior = [float(long.logprobs([[empty]], [name])[0].sum()) for name in (*experts, NOBODY)]
+        wanted = (torch.tensor(alone) - torch.tensor(prior)).softmax(-1)
+        torch.testing.assert_close(torch.tensor(list(decision.scores.values())), wanted[:3], atol=1e-4, rtol=1e-4)
+        best = int(wanted.argmax())
+        assert decision.chosen == (frozenset([list(experts)[best]]) if best < 3 else frozenset())
+    again = open_file(save_dispatcher(dispatcher, tmp_path / "prompt.safetensors"))
+    assert decide(again, long, contexts, experts) == found
+    with pytest.raises(DispatchError, match="give one for each"):
+        fit("prompt", long, experts, examples(2), labels={"ask": "a"})
+    with pytest.raises(DispatchError, match="pass chats"):
+        long.generate(["hello"], dispatcher=dispatcher, library=experts)
+
+
+def test_a_classification_expert_learns_the_labels(long: SpectralModel, tmp_path: Path) -> None:
+    experts = library(long)
+    recipe = Recipe(steps=60, learning_rate=0.1, batch_size=8, neutral=0.0, validation_cases=0, score_cases=0)
+    rows = examples(12)
+    dispatcher = fit("classify", long, experts, rows, rows[:4], recipe=recipe)
+    contexts = [one.context for one in rows]
+    found = decide(dispatcher, long, contexts, experts)
+    asked = decide(fit("prompt", long, experts, rows), long, contexts, experts)
+    right = [sum(one.chosen == row.wanted for one, row in zip(some, rows, strict=True)) for some in (found, asked)]
+    assert right[0] > right[1]
+    again = open_file(save_dispatcher(dispatcher, tmp_path / "classify.safetensors"))
+    assert decide(again, long, contexts, experts) == found
+
+
+def shots(model: SpectralModel, weights: dict[str, float], experts: dict[str, Expert]) -> list[Example]:
+    """Return what a mixture says."""
+    contexts = [one.context for one in examples(2)]
+    said = model.generate([list(one.messages) for one in contexts], weights, library=experts, max_new_tokens=12)
+    return [Example(one, frozenset(), reply=text or "a") for one, text in zip(contexts, said, strict=True)]
+
+
+def test_few_shot_search_finds_who_spoke(model: SpectralModel, tmp_path: Path) -> None:
+    experts = library(model)
+    rows = shots(model, {"doubt": 1.0}, experts)
+    found = search(model, experts, rows, evaluations=40)
+    assert int(found.weights.argmax()) == 1
+    assert found.losses[-1] < found.losses[0]
+    assert found.losses == sorted(found.losses, reverse=True)
+    by_matrix = search(model, experts, rows, by_matrix=True, evaluations=40)
+    assert by_matrix.weights.shape == (len(model.basis.names), 3)
+    published = search(model, experts, rows, method="cross-entropy", evaluations=96)
+    assert len(published.losses) == 96
+    assert published.losses[-1] < published.losses[0]
+    ended = search(model, experts, rows, method="cross-entropy", evaluations=96, until=published.losses[40])
+    assert len(ended.losses) <= 41
+    dispatcher = fit("fewshot", model, experts, rows, rows[:1], evaluations=40)
+    assert dispatcher == open_file(save_dispatcher(dispatcher, tmp_path / "shots.safetensors"))
+    spoken, decisions = replies(model, CHATS, dispatcher=dispatcher, library=experts)
+    assert spoken == model.generate(CHATS, decisions[0].weights, library=experts, max_new_tokens=8)
+    table = dict(zip(experts, found.weights.tolist(), strict=True))
+    together = model.bank(experts).mix(table).offsets
+    torch.testing.assert_close(found.expert.flat(model.basis), together, atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_of_shots_is_that_of_the_model(model: SpectralModel) -> None:
+    experts = library(model)
+    rows = shots(model, {"call": 1.0}, experts)[:3]
+    bank = model.bank(experts)
+    found = float(loss_of(model, bank, rows)(bank.offsets[0]))
+    parts = []
+    for one in rows:
+        ends = torch.tensor([*continuation(model.tokenizer, one.reply), 2])
+        chosen = model.logprobs([list(one.context.messages)], [ends], "ask", library=experts)[0]
+        parts.append(-float(chosen.mean()))
+    assert found == pytest.approx(sum(parts) / 3, abs=1e-4)
+
+
+def test_what_few_shot_search_refuses(model: SpectralModel) -> None:
+    experts = library(model)
+    with pytest.raises(DispatchError, match="a reply each"):
+        search(model, experts, examples(1))
+    with pytest.raises(DispatchError, match="a reply each"):
+        search(model, experts, [])
+    with pytest.raises(DispatchError, match="method is 'cma'"):
+        search(model, experts, shots(model, {}, experts), method="cma")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

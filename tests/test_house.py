@@ -36,7 +36,6 @@ ORDER = [
     "statistics",
     "conversation",
     "evaluate",
-    "dispatch",
     "report",
     "objectives",
     "recipe",
@@ -44,6 +43,7 @@ ORDER = [
     "completions",
     "batches",
     "training",
+    "dispatch",
     "demo",
     "cli",
 ]

@@ -29,7 +29,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdexpert.conversation import Forward, left_padded, prompt_of, watch
+from svdexpert.conversation import (
+    Forward,
+    answers,
+    context_of,
+    continuation,
+    left_padded,
+    prompt_of,
+    tokenizer_of,
+    turn_ends,
+    watch,
+)
+from svdexpert.conversation import fit as fit_to
 from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
 from svdexpert.errors import DispatchError, did_you_mean
 from svdexpert.expert import Expert
@@ -38,7 +49,7 @@ from svdexpert.model import SpectralModel
 from svdexpert.skills import Case, Skill, check_tool
 from svdexpert.skills import load as load_skill
 from svdexpert.storage import whole_file
-from svdexpert.worlds import Split, World
+from svdexpert.worlds import Message, Split, World, user
 
 __all__ = ["Asked", "Context", "Decision", "Dispatcher", "Example", "decide", "examples_of", "fit", "load", "open_file"]
 
@@ -52,11 +63,13 @@ class Example:
         wanted: names of experts; none where the base should be left alone.
         skill: whose case it is, "" where nobody knows. A control of one skill that wants another says that the two do
             not speak together.
+        reply: a right one, "" where there is none.
     """
 
     context: Context
     wanted: frozenset[str]
     skill: str = ""
+    reply: str = ""
 
 
 class Strategy(Protocol):
@@ -170,7 +183,10 @@ def examples_of(
     found = []
     for name, skill in loaded.items():
         cases = skill.cases(world, split, n, seed=seed)
-        found += [Example(Context(one.messages, one.tools), _wanted(name, one, skill, loaded), name) for one in cases]
+        found += [
+            Example(Context(one.messages, one.tools), _wanted(name, one, skill, loaded), name, one.gold[0])
+            for one in cases
+        ]
         asked = cases[: round(plain * n)]
         found += [Example(Context(one.knowing.messages, one.knowing.tools), frozenset()) for one in asked]
     return found
@@ -213,10 +229,89 @@ def _read(path: Path) -> Iterator[Example]:
             raise DispatchError(f"{path.name}:{place}: experts is {wanted!r}, {form}.")
         for tool in row.get("tools") or ():
             check_tool(tool)
-        yield Example(Context(tuple(messages), tuple(row.get("tools") or ())), frozenset(wanted))
+        reply = row.get("reply") or ""
+        if not isinstance(reply, str):
+            raise DispatchError(f"{path.name}:{place}: reply is {str(reply)[:80]!r}, expected a text.")
+        yield Example(Context(tuple(messages), tuple(row.get("tools") or ())), frozenset(wanted), reply=reply)
         empty = False
     if empty:
         raise DispatchError(f"{path} holds no examples, {form}.")
+
+
+# --- asking the base what a context needs
+
+
+NOBODY = "none"
+"""The label of a context in which no expert should speak."""
+
+
+def meanings(library: Mapping[str, Expert], labels: Mapping[str, str] | None) -> dict[str, str]:
+    """Return what each expert is for, by name; its name says it where nobody does.
+
+    Raises:
+        DispatchError: a label for an expert that is not there, an expert without one.
+    """
+    if labels is not None and labels.keys() != library.keys():
+        raise DispatchError(f"There are labels for {sorted(labels)} and experts {sorted(library)}: give one for each.")
+    return {name: (labels or {}).get(name) or f"an answer of the kind {name}" for name in library}
+
+
+def question(context: Context, labels: Mapping[str, str]) -> Message:
+    """Return the message that asks which label fits a conversation, which it holds as text.
+
+    Args:
+        context: the conversation.
+        labels: what each means, by label.
+    """
+    said = "\n".join(f"{one['role']}: {one.get('content') or one.get('tool_calls') or ''}" for one in context.messages)
+    kinds = "\n".join(f"{label}: {meaning}" for label, meaning in labels.items())
+    return user(f"{said}\n\nWhat does this conversation need next? Answer with one word.\n{kinds}")
+
+
+def label_scores(
+    model: SpectralModel,
+    contexts: Sequence[Context],
+    labels: Mapping[str, str],
+    *,
+    batch_size: int = 32,
+) -> Tensor:
+    """Return the log-probability of every label as the answer to `question` (b l), under the mixture in force.
+
+    Args:
+        model: with a tokenizer that has a chat template.
+        contexts: conversations; what does not fit the model loses its oldest turns.
+        labels: what each means, by label; they are the answers.
+        batch_size: rows of a forward pass.
+    """
+    tokenizer = tokenizer_of(model)
+    options = [continuation(tokenizer, label) for label in labels]
+    prompts = []
+    for one in contexts:
+        messages, _ = fit_to(tokenizer, one.messages, one.tools, 0, context=context_of(model))
+        kept = Context(tuple(messages), one.tools)
+        prompts.append(prompt_of(model, [question(kept, labels)], list(one.tools), options, 0))
+    _, ends = turn_ends(model)
+    found = answers(model, prompts, ends, "labelling", batch_size=batch_size, progress=False)
+    return torch.tensor([[sum(tokens) for tokens in answer.scores] for answer in found])
+
+
+def labelled(names: Sequence[str], table: Tensor, why: str, abstain_below: float = 0.0) -> list[Decision]:
+    """Return a decision for every row of log-probabilities of labels (b l): the likeliest one speaks.
+
+    Args:
+        names: of the experts, then `NOBODY` is the last label.
+        table: log-probabilities, or any logits.
+        why: what they were based on.
+        abstain_below: probability under which nobody speaks.
+    """
+    found = []
+    for row in table.softmax(-1).tolist():
+        scores = dict(zip(names, row, strict=False))
+        best = max(scores, key=lambda name: scores[name])
+        speaks = scores[best] > row[-1] and scores[best] >= abstain_below
+        because = ", ".join(f"{name} {one:.2f}" for name, one in [*scores.items(), (NOBODY, row[-1])])
+        found.append(Decision({best: 1.0} if speaks else {}, max(row), f"{why}: {because}", scores))
+    return found
 
 
 # --- reading and deciding
@@ -295,7 +390,7 @@ def _batches(
     for place, one in enumerate(contexts):
         if not one.messages:
             raise DispatchError(f"Conversation {place} is empty: there is nothing to decide on.")
-    rows = [prompt_of(model, list(one.messages), list(one.tools), [], 0).ids for one in contexts]  # type: ignore[arg-type]
+    rows = [prompt_of(model, list(one.messages), list(one.tools), [], 0).ids for one in contexts]
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     device = Forward(model.hf).device
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

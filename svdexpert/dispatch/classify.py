@@ -1,0 +1,119 @@
+"""Classify: as `prompt`, but an expert vector trained for it labels the context (Transformer^2, strategy B).
+
+The classification expert learns, by SFT on the examples, to answer the question with the name of the expert that a
+context wants, or `none`; a context that wants several is one example for each.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from svdexpert.decision import Asked, Decision
+from svdexpert.dispatch import NOBODY, Example, check, label_scores, labelled, meanings, question, stamp
+from svdexpert.errors import DispatchError
+from svdexpert.expert import Expert
+from svdexpert.mixture import Bank, Mixture
+from svdexpert.model import SpectralModel
+from svdexpert.recipe import Recipe
+from svdexpert.training import train
+
+
+@dataclass(frozen=True, eq=False)
+class Classify:
+    """An expert vector labels the context.
+
+    Attributes:
+        labels: what each expert is for, by name; they are the answers.
+        nobody: what the answer means that no expert should speak.
+        made_for: the base and the experts, by digest.
+        offsets: of the classification expert, on the basis of that base (n).
+        invocation: tokens from which it acts.
+    """
+
+    labels: Mapping[str, str]
+    nobody: str
+    made_for: Mapping[str, Any]
+    offsets: Tensor = field(repr=False)
+    invocation: tuple[int, ...]
+    reads: ClassVar[bool] = False
+    strategy: ClassVar[str] = "classify"
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts that it may let speak."""
+        return tuple(self.labels)
+
+    def check(self, model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
+        """Raise a DispatchError unless base and experts are those that it was made for."""
+        check(self.made_for, model, library)
+
+    def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
+        """Return a decision for every row: the likeliest label."""
+        if asked.contexts is None:
+            raise DispatchError("This dispatcher asks about conversations: pass chats instead of texts or token ids.")
+        with model.using(Mixture(self.offsets, basis=model.basis, invocation=self.invocation)):
+            found = label_scores(model, asked.contexts, {**self.labels, NOBODY: self.nobody})
+        return labelled(self.experts, found, "asked a classification expert")
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what a file holds."""
+        card = {"labels": dict(self.labels), "nobody": self.nobody, "made_for": dict(self.made_for)}
+        return card | {"invocation": list(self.invocation)}, {"offsets": self.offsets}
+
+
+def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classify:
+    """Return what was stored."""
+    return Classify(card["labels"], card["nobody"], card["made_for"], tensors["offsets"], tuple(card["invocation"]))
+
+
+def fit(
+    model: SpectralModel,
+    library: Mapping[str, Expert],
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    *,
+    labels: Mapping[str, str] | None = None,
+    nobody: str = "anything else",
+    recipe: Recipe | None = None,
+    progress: bool = False,
+) -> Classify:
+    """Train the classification expert.
+
+    Args:
+        model: attached.
+        library: the experts that it may let speak.
+        examples: that it learns from.
+        validation: not read.
+        labels: what each expert is for, by name; the names alone if None.
+        nobody: what the answer `none` means.
+        recipe: how it is trained; 200 steps at rate 0.03 if None.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DispatchError: a label for an expert that is not there, an expert without one.
+        TrainingError: the run must not go on.
+    """
+    given = meanings(library, labels)
+    rows = [
+        {
+            "prompt": [question(one.context, {**given, NOBODY: nobody})],
+            "completion": [{"role": "assistant", "content": name}],
+            "tools": list(one.context.tools),
+        }
+        for one in examples
+        for name in (sorted(one.wanted) or [NOBODY])
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "labels.jsonl"
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        recipe = recipe or Recipe(steps=200, learning_rate=0.03, accumulate=2)
+        expert = train(model, str(file), "sft", recipe=recipe, progress=progress)
+    offsets = expert.flat(model.basis)
+    return Classify(given, nobody, stamp(model, tuple(library), library), offsets, expert.invocation)
