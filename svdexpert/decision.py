@@ -85,13 +85,11 @@ class Asked:
 
 
 class Dispatcher(Protocol):
-    """What decides who speaks.
+    """What decides who speaks."""
 
-    Attributes:
-        reads: whether it needs `Asked.state`, and so decides at the end of the prompt's own forward pass.
-    """
-
-    reads: bool
+    @property
+    def reads(self) -> bool:
+        """Whether it needs `Asked.state`, and so decides at the end of the prompt's own forward pass."""
 
     @property
     def experts(self) -> tuple[str, ...]:

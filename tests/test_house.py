@@ -44,6 +44,7 @@ ORDER = [
     "batches",
     "training",
     "dispatch",
+    "dialogue",
     "demo",
     "cli",
 ]

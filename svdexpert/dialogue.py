@@ -1,0 +1,276 @@
+"""A conversation that goes on: messages, who spoke in each turn, and the cache of what was read.
+
+    turn  -> decision -> mixture of this turn -> reply
+    cache    `refill`: what another mixture has computed is computed again: the same as a fresh conversation
+             `reuse`:  what was computed stays, whoever spoke: faster, and no longer exact
+
+Activated experts touch nothing but their own reply, so that `refill` reads one reply again. Experts that act on all
+tokens leave their mark on all of them: where the mixture changes, `refill` reads everything again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
+
+from svdexpert.conversation import as_message, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
+from svdexpert.decision import Asked, Context, Decision, Dispatcher
+from svdexpert.dispatch import decide
+from svdexpert.dispatch.fixed import Fixed
+from svdexpert.errors import DispatchError, did_you_mean
+from svdexpert.expert import Expert
+from svdexpert.mixture import Bank
+from svdexpert.model import SpectralModel
+from svdexpert.storage import whole_file
+from svdexpert.worlds import Message, Tool, system, user
+
+Policy = Literal["refill", "reuse"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sticky:
+    """A dispatcher with hysteresis: who speaks goes on, and who does not stays silent, until it is clearly otherwise.
+
+    Attributes:
+        inner: the dispatcher.
+        before: its last decision; None at the beginning.
+        margin: by how much a score must pass one half to change who speaks, in [0, 0.5).
+    """
+
+    inner: Dispatcher
+    before: Decision | None
+    margin: float
+
+    @property
+    def reads(self) -> bool:
+        """Whether the inner one needs the state of the prompt."""
+        return self.inner.reads
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts that it may let speak."""
+        return self.inner.experts
+
+    def check(self, model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
+        """Raise a DispatchError unless the inner one can decide here."""
+        self.inner.check(model, library)
+
+    def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
+        """Return the inner decisions, with those scores that are near one half left as they were."""
+        found = self.inner.decide(model, asked)
+        before = self.before
+        if before is None:
+            return list(found)
+        return [self._kept(one, before) if one.scores else one for one in found]
+
+    def _kept(self, one: Decision, before: Decision) -> Decision:
+        near = {name for name, score in one.scores.items() if abs(score - 0.5) < self.margin}
+        weights = {name: weight for name, weight in one.weights.items() if name not in near}
+        weights |= {name: before.weights[name] for name in near if before.weights.get(name)}
+        if weights == one.weights:
+            return one
+        return replace(one, weights=weights, because=f"{one.because}; as in the turn before: {', '.join(sorted(near))}")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One reply, and how it came about.
+
+    Attributes:
+        reply: the assistant's message.
+        text: the same as text, calls in the neutral written form.
+        decision: who spoke.
+        read: tokens of the prompt that were computed for it.
+        kept: tokens of the prompt that stood in the cache.
+    """
+
+    reply: Message
+    text: str
+    decision: Decision
+    read: int
+    kept: int
+
+
+@dataclass
+class Conversation:
+    """A conversation with a model, one at a time.
+
+    Args:
+        model: attached, with a tokenizer that has a chat template.
+        library: the experts that may speak.
+        dispatcher: decides in every turn; None is the base, until `mix` says otherwise.
+        tools: JSON schemas of functions.
+        instructions: a system message.
+        policy: what becomes of the cache where the mixture changes.
+        hysteresis: margin around one half in which scores do not change who speaks, in [0, 0.5).
+        max_new_tokens: of a reply.
+
+    Raises:
+        DispatchError: a setting out of range.
+    """
+
+    model: SpectralModel
+    library: Mapping[str, Expert] = field(default_factory=dict)
+    dispatcher: Dispatcher | None = None
+    tools: Sequence[Tool] = ()
+    instructions: str = ""
+    policy: Policy = "refill"
+    hysteresis: float = 0.1
+    max_new_tokens: int = 128
+    messages: list[Message] = field(default_factory=list, init=False)
+    turns: list[Turn] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            raise DispatchError(f"policy is {self.policy!r}." + did_you_mean(self.policy, get_args(Policy)))
+        if not 0 <= self.hysteresis < 0.5:
+            raise DispatchError(f"hysteresis is {self.hysteresis}: expected 0 or more, and less than 0.5.")
+        if self.instructions:
+            self.messages.append(system(self.instructions))
+        self._cache: DynamicCache | None = None
+        self._held: list[int] = []  # ids that the cache holds
+        self._exact = 0  # of them, those that are what the base, or the mixture of all turns so far, makes of them
+        self._spoke: Mapping[str, float] = {}
+
+    def mix(self, weights: Mapping[str, float]) -> None:
+        """Let these experts speak from now on.
+
+        Raises:
+            DispatchError: an expert that the library lacks; what held before still holds.
+        """
+        fixed = Fixed(dict(weights), "given by hand")
+        if weights:
+            fixed.check(self.model, self.library)
+        self.dispatcher = fixed if weights else None
+
+    def say(self, text: str, *, streamer: BaseStreamer | None = None) -> Turn:
+        """Add a user's message, and return the reply to it.
+
+        Args:
+            text: what the user says.
+            streamer: gets the tokens of the reply as they come.
+
+        Raises:
+            DispatchError: the dispatcher cannot decide here; the message is taken back.
+            TooLongError: it does not fit the model; it is taken back.
+        """
+        return self.reply_to(user(text), streamer=streamer)
+
+    def reply_to(self, *messages: Message, streamer: BaseStreamer | None = None) -> Turn:
+        """Add messages, as a function's result, and return the reply to them; see `say`."""
+        before = len(self.messages)
+        self.messages.extend(messages)
+        try:
+            turn = self._turn(streamer)
+        except BaseException:
+            del self.messages[before:]
+            self._cache = None
+            raise
+        self.messages.append(turn.reply)
+        self.turns.append(turn)
+        return turn
+
+    def base_reply(self) -> str:
+        """Return what the base would have said in the last turn; the conversation stays as it is.
+
+        Raises:
+            DispatchError: there was no turn yet.
+        """
+        if not self.turns:
+            raise DispatchError("Nobody has replied yet: say something first.")
+        asked = Conversation(self.model, tools=self.tools, max_new_tokens=self.max_new_tokens)
+        last = max(place for place, one in enumerate(self.messages) if one is self.turns[-1].reply)
+        return asked.reply_to(*self.messages[:last]).text
+
+    def save(self, path: str | Path) -> None:
+        """Write messages and decisions as JSON."""
+        turns = [asdict(one) | {"decision": one.decision.as_json()} for one in self.turns]
+        text = json.dumps({"messages": self.messages, "turns": turns}, indent=2, ensure_ascii=False)
+        with whole_file(Path(path)) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    # --- one turn
+
+    def _turn(self, streamer: BaseStreamer | None) -> Turn:
+        model = self.model
+        prompt = prompt_of(model, self.messages, list(self.tools), [], self.max_new_tokens).ids
+        dispatcher, decisions = self._dispatcher(), list[Decision]()
+        activated = self._activated()
+        first = not activated and self.policy == "refill" and self._held  # who speaks decides what is read again
+        if dispatcher.experts and (first or not dispatcher.reads):
+            context = Context(tuple(self.messages), tuple(self.tools))
+            decisions = decide(dispatcher, model, [context], self.library)
+            dispatcher = Fixed(decisions[0].weights, decisions[0].because)
+        cache, kept = self._kept(prompt, dispatcher, activated)
+        _, ends = turn_ends(model)
+        ids = torch.tensor([prompt])
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "streamer": streamer}
+        how |= {"return_dict_in_generate": True, "past_key_values": cache, "eos_token_id": sorted(ends)}
+        if dispatcher.experts:
+            note = None if decisions else decisions.extend
+            output = model.generate(ids, library=self.library, dispatcher=dispatcher, on_decision=note, **how)
+        else:
+            output = model.generate(ids, None, **how)
+        decisions = decisions or [Decision({}, 1.0, "nobody was asked to speak")]
+        self._remember(output, prompt, activated, decisions[0])
+        written = cast(Any, output).sequences[0, len(prompt) :].tolist()
+        text = text_of(tokenizer_of(model), [one for one in written if one not in ends])
+        return Turn(as_message(text), text, decisions[0], len(prompt) - kept, kept)
+
+    def _dispatcher(self) -> Dispatcher:
+        if self.dispatcher is None:
+            return Fixed({})
+        if not self.turns or not self.hysteresis:
+            return self.dispatcher
+        return Sticky(self.dispatcher, self.turns[-1].decision, self.hysteresis)
+
+    def _activated(self) -> bool:
+        """Return whether the experts act from where the reply begins."""
+        return all(one.invocation for one in self.library.values())
+
+    def _kept(self, prompt: list[int], dispatcher: Dispatcher, activated: bool) -> tuple[DynamicCache, int]:
+        """Return the cache that this turn goes on from, and how many tokens it holds."""
+        same = 0
+        for one, other in zip(prompt[:-1], self._held, strict=False):
+            if one != other:
+                break
+            same += 1
+        if self.policy == "refill":
+            speaks = dispatcher.weights if isinstance(dispatcher, Fixed) else None
+            unchanged = not activated and speaks is not None and dict(speaks) == dict(self._spoke)
+            same = same if unchanged else min(same, self._exact)
+        if activated and self.library:  # who speaks must see where the reply begins
+            same = min(same, len(prompt) - len(invocation_of(self.model)))
+        cache = self._cache
+        if cache is None or not same or not all(type(one) is DynamicLayer for one in cache.layers):
+            return DynamicCache(config=self.model.hf.config), 0
+        if same < cache.get_seq_length():
+            cache.crop(same - cache.get_seq_length())
+        return cache, same
+
+    def _remember(self, output: Any, prompt: list[int], activated: bool, decision: Decision) -> None:
+        """Note what the cache holds, and how much of it is exact."""
+        self._cache = output.past_key_values
+        held = output.sequences[0].tolist()[: self._cache.get_seq_length() if self._cache is not None else 0]
+        untouched = decision.abstained or not self.library
+        if activated and self.library:
+            exact = len(held) if untouched else len(prompt) - len(invocation_of(self.model))
+        else:
+            exact = len(held) if untouched and not any(self._spoke.values()) else 0
+        self._held, self._exact = held, exact
+        self._spoke = {name: weight for name, weight in decision.weights.items() if weight}
+
+
+def next_token_divergence(refilled: Tensor, reused: Tensor) -> Tensor:
+    """Return KL(refill || reuse) at every token, in nats (t), from their logits (t v)."""
+    first, second = refilled.float().log_softmax(-1), reused.float().log_softmax(-1)
+    return (first.exp() * (first - second)).sum(-1)
