@@ -417,6 +417,171 @@ def train_experts(
     _show(f"learning curve in {folder / 'curve.png'}")
 
 
+def fit_dispatcher(
+    experts: str,
+    model: str = "harbor",
+    strategy: str = "router",
+    out: str = "runs/dispatcher.safetensors",
+    skills: list[str] | None = None,
+    examples: str | None = None,
+    world: Literal["town", "sgd"] = "town",
+    data: str | None = None,
+    n: PositiveInt = 400,
+    validation: PositiveInt = 200,
+    settings: dict[str, Any] = {},  # noqa: B006 - read, never changed; shown by --help
+    seed: int = 0,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Make a dispatcher, which decides who speaks in a conversation.
+
+    Args:
+        experts: folder of the library that it chooses from.
+        model: hub id or local folder; "harbor" is the embedded base.
+        strategy: router, prompt, classify, fewshot or fixed, or an import path of one's own.
+        out: file to write; an earlier one is replaced.
+        skills: whose cases it learns from; by default those that the experts are named after.
+        examples: JSONL file of one's own instead: messages, experts (a list of names), maybe tools and reply.
+        world: where cases come from.
+        data: folder of the Schema-Guided Dialogue data.
+        n: cases of each skill, even.
+        validation: cases of each skill that settings are chosen on, even.
+        settings: of the strategy, e.g. '{rule: sum}' for fixed.
+        seed: of the cases.
+        dtype: of the loaded weights.
+        device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
+        trust_remote_code: run modelling code from the repository.
+    """
+    from svdexpert import dispatch, evaluate, report, worlds
+
+    library = _experts(experts)
+    loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
+    held: list[Any] = []
+    if examples is not None:
+        rows = dispatch.read_examples(examples)
+    else:
+        place, names = worlds.load(world, data), skills or _skills(library)
+        rows = dispatch.examples_of(names, place, "train", n, seed=seed)
+        held = dispatch.examples_of(names, place, "validation", validation, seed=seed)
+    made = dispatch.fit(strategy, loaded, library, rows, held, **settings)
+    _show(f"{dispatch.save_dispatcher(made, out)}: {strategy} for {', '.join(library)}")
+    if held:
+        decisions = dispatch.decide(made, loaded, [one.context for one in held], library)
+        _show(report.dispatch_table(evaluate.judge([one.wanted for one in held], decisions)))
+
+
+def eval_dispatcher(
+    dispatcher: str,
+    experts: str,
+    model: str = "harbor",
+    skills: list[str] | None = None,
+    examples: str | None = None,
+    world: Literal["town", "sgd"] = "town",
+    data: str | None = None,
+    split: Literal["train", "validation", "heldout"] = "heldout",
+    n: PositiveInt = 200,
+    seed: int = 0,
+    log: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Measure whom a dispatcher lets speak, on cases that it was not made from.
+
+    Args:
+        dispatcher: file that `svdexpert dispatch fit` wrote.
+        experts: folder of its library.
+        model: hub id or local folder; "harbor" is the embedded base.
+        skills: whose cases it is measured on; by default those that the experts are named after.
+        examples: JSONL file of one's own instead: messages, experts (a list of names), maybe tools.
+        world: where cases come from.
+        data: folder of the Schema-Guided Dialogue data.
+        split: of the world.
+        n: cases of each skill, even.
+        seed: of the cases.
+        log: JSONL file for all decisions; an earlier one is replaced.
+        dtype: of the loaded weights.
+        device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
+        trust_remote_code: run modelling code from the repository.
+    """
+    import json
+
+    from svdexpert import dispatch, evaluate, report, worlds
+    from svdexpert.storage import whole_file
+
+    made, library = dispatch.open_file(dispatcher), _experts(experts)
+    loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
+    if examples is not None:
+        rows = dispatch.read_examples(examples)
+    else:
+        names = skills or _skills(library)
+        rows = dispatch.examples_of(names, worlds.load(world, data), split, n, seed=seed)
+    decisions = dispatch.decide(made, loaded, [one.context for one in rows], library, progress=sys.stderr.isatty())
+    _show(report.dispatch_table(evaluate.judge([one.wanted for one in rows], decisions)))
+    if log is not None:
+        with whole_file(Path(log)) as temporary:
+            lines = [
+                json.dumps({"wanted": sorted(one.wanted), "messages": list(one.context.messages), **made.as_json()})
+                for one, made in zip(rows, decisions, strict=True)
+            ]
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _show(f"decisions in {log}")
+
+
+def talk(
+    model: str = "harbor",
+    experts: str | None = None,
+    dispatcher: str | None = None,
+    tools: str | None = None,
+    instructions: str = "",
+    policy: Literal["refill", "reuse"] = "refill",
+    hysteresis: float = 0.1,
+    history: str | None = None,
+    max_new_tokens: PositiveInt = 128,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Talk with a model in the terminal, and change who speaks.
+
+    Args:
+        model: hub id or local folder; "harbor" is the embedded base.
+        experts: folder of an expert, or of a library.
+        dispatcher: file that `svdexpert dispatch fit` wrote; it decides until /mix says otherwise.
+        tools: JSON file with a list of functions (JSON schemas).
+        instructions: a system message.
+        policy: what becomes of the cache where the mixture changes: read again, or kept.
+        hysteresis: margin around one half in which scores do not change who speaks.
+        history: JSON file that the conversation is written to after every turn.
+        max_new_tokens: of a reply.
+        dtype: of the loaded weights.
+        device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
+        trust_remote_code: run modelling code from the repository.
+    """
+    import json
+
+    from svdexpert import chat, dispatch
+    from svdexpert.dialogue import Conversation
+    from svdexpert.skills import check_tool
+
+    library = _experts(experts)
+    made = dispatch.open_file(dispatcher) if dispatcher is not None else None
+    try:
+        known = json.loads(_text(tools)) if tools is not None else []
+    except ValueError as error:
+        raise SvdExpertError(f"{tools} is no JSON ({error}): expected a list of functions.") from error
+    for one in known if isinstance(known, list) else [known]:
+        check_tool(one)
+    loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
+    if made is not None:
+        made.check(loaded, library)
+    conversation = Conversation(
+        loaded, library, made, known, instructions, policy, hysteresis, max_new_tokens=max_new_tokens
+    )
+    chat.run(conversation, None if history is None else Path(history))
+
+
 def demo(folder: str = "runs/demo") -> None:
     """Run the whole path on harbor: the gap between knowing and doing, mixtures in one batch, export, reload.
 
@@ -427,6 +592,19 @@ def demo(folder: str = "runs/demo") -> None:
 
     _quiet_when_piped()
     run(Path(folder))
+
+
+def _skills(library: "Mapping[str, Expert]") -> list[str]:
+    """Return the experts that are named after a skill that ships."""
+    from svdexpert import skills
+
+    found = [name for name in library if name in skills.names()]
+    if not found:
+        raise SvdExpertError(
+            f"None of the experts ({', '.join(library)}) is named after a skill ({', '.join(skills.names())}): say "
+            "whose cases are meant with --skills, or give --examples."
+        )
+    return found
 
 
 def _texts(path: str | None) -> list[str] | None:
@@ -582,6 +760,8 @@ def main() -> None:
         "export": export,
         "bench": {"knowing-doing": knowing_doing},
         "train": train_experts,
+        "dispatch": {"fit": fit_dispatcher, "eval": eval_dispatcher},
+        "chat": talk,
         "demo": demo,
     }
     run_command(verbs, "svdexpert", version=__version__)

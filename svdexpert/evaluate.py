@@ -37,6 +37,7 @@ from svdexpert.conversation import (
     turn_ends,
     watch,
 )
+from svdexpert.decision import Decision
 from svdexpert.errors import MeasurementError, SvdExpertError, WorldError
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank, Blend
@@ -658,3 +659,44 @@ def _states(model: SpectralModel, cases: Sequence[Case], batch_size: int, progre
             states.update(zip(batch, layers, strict=True))  # (layers width) each
     table = np.stack([states[place] for place in range(len(prompts))]).astype(np.float64)
     return list(table.transpose(1, 0, 2))
+
+
+# --- decisions
+
+
+@dataclass(frozen=True)
+class DecisionResult:
+    """What decisions were worth.
+
+    Attributes:
+        n: contexts.
+        accuracy: share of them in which exactly those speak who should.
+        confusion: how often who should speak (first) met who was chosen (second).
+        calibration_error: distance between confidence and accuracy, mean over ten bins of confidence.
+    """
+
+    n: int
+    accuracy: float
+    confusion: Mapping[tuple[frozenset[str], frozenset[str]], int]
+    calibration_error: float
+
+
+def judge(wanted: Sequence[frozenset[str]], decisions: Sequence[Decision]) -> DecisionResult:
+    """Compare decisions with who should speak; a weight of at least one half counts as speaking.
+
+    Args:
+        wanted: names of experts, by context.
+        decisions: on the same contexts.
+
+    Raises:
+        MeasurementError: none, or lengths that differ.
+    """
+    if not wanted or len(wanted) != len(decisions):
+        raise MeasurementError(f"There are {len(wanted)} contexts and {len(decisions)} decisions: one is due for each.")
+    pairs = [(who, made.chosen) for who, made in zip(wanted, decisions, strict=True)]
+    right = [who == chosen for who, chosen in pairs]
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for made, one in zip(decisions, right, strict=True):
+        bins.setdefault(min(9, int(made.confidence * 10)), []).append((made.confidence, one))
+    gaps = [abs(sum(sure for sure, _ in some) - sum(one for _, one in some)) for some in bins.values()]
+    return DecisionResult(len(right), sum(right) / len(right), Counter(pairs), sum(gaps) / len(right))

@@ -18,7 +18,7 @@ from svdexpert.expert import Conflict, Expert, conflict
 from svdexpert.storage import whole_file
 
 if TYPE_CHECKING:
-    from svdexpert.evaluate import SkillResult
+    from svdexpert.evaluate import DecisionResult, SkillResult
 
 
 def model_table(model: PreTrainedModel) -> Group:
@@ -219,6 +219,23 @@ def knowing_doing_table(results: Sequence[SkillResult]) -> Group:
         if one.dropped:
             notes.append(f"{one.skill} ({one.experts}): {one.dropped} turns did not fit the context and were left out")
     return Group(_titled(_measured(results), table), aside, *map(Text, notes))
+
+
+def dispatch_table(measured: DecisionResult) -> Group:
+    """Return who should have spoken, and who did."""
+    chosen = sorted({who for _, who in measured.confusion}, key=_people)
+    table = Table()
+    table.add_column("should speak \\ speaks")
+    for who in chosen:
+        table.add_column(_people(who), justify="right")
+    for wanted in sorted({who for who, _ in measured.confusion}, key=_people):
+        _row(table, _people(wanted), *(str(measured.confusion.get((wanted, who), 0)) for who in chosen))
+    note = f"right in {measured.accuracy:.3f} of {measured.n}; calibration error {measured.calibration_error:.3f}"
+    return _titled("decisions", table, note)
+
+
+def _people(who: frozenset[str]) -> str:
+    return " + ".join(sorted(who)) or "nobody"
 
 
 def _p(p: float | None) -> str:

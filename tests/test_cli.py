@@ -15,6 +15,7 @@ import yaml
 from conftest import tiny
 
 from svdexpert import Expert, Library, SpectralModel, cli
+from svdexpert.conversation import invocation_of
 from svdexpert.evaluate import SkillResult
 
 Run = Callable[..., str]
@@ -239,3 +240,47 @@ def test_another_basis_than_that_of_frozen_experts_is_refused(run: Run, base: Pa
     assert "--k is 16, but the experts" in run(*words, "--k", 16, fails=True)
     assert "--first_layer is 0, but" in run(*words, "--first_layer", 0, fails=True)
     assert not (library.parent / "run").exists()
+
+
+@pytest.fixture
+def skilled(tmp_path: Path) -> Path:
+    """Return experts for harbor, named after skills; they hardly change it."""
+    model = SpectralModel.from_pretrained("harbor", progress=False)
+    library = Library(tmp_path / "skilled")
+    for seed, name in enumerate(("clarify", "disagree", "call")):
+        expert = Expert.random(model.basis, std=0.01, seed=seed)
+        library.add(name, dataclasses.replace(expert, invocation=invocation_of(model)))
+    return library.path
+
+
+def test_a_dispatcher_is_fitted_measured_and_talked_with(
+    run: Run, skilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, log = tmp_path / "router.safetensors", tmp_path / "log.jsonl"
+    said = run("dispatch", "fit", skilled, "--out", router, "--n", 40, "--validation", 20)
+    assert "router for call, clarify, disagree" in said
+    said = run("dispatch", "eval", router, skilled, "--n", 20, "--log", log)
+    assert "should speak" in said
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(rows) == 90  # 20 of each of three skills, and as many knowing questions again by half
+    assert {"wanted", "weights", "confidence", "because", "abstained"} <= rows[0].keys()
+    own = tmp_path / "own.jsonl"
+    lines = [{"messages": row["messages"], "experts": row["wanted"]} for row in rows]
+    own.write_text("\n".join(map(json.dumps, lines)))
+    assert "right in" in run("dispatch", "eval", router, skilled, "--examples", own)
+    typed = iter(["Book me a table.", "/why", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(typed))
+    history = tmp_path / "talk.json"
+    said = run("chat", "--experts", skilled, "--dispatcher", router, "--history", history)
+    assert "read from the prompt's last state" in said
+    assert [one["role"] for one in json.loads(history.read_text())["messages"]] == ["user", "assistant"]
+
+
+def test_mistakes_with_dispatchers_end_with_a_message(run: Run, base: Path, library: Path, tmp_path: Path) -> None:
+    fit = ["dispatch", "fit", library, "--model", base, "--out", tmp_path / "made"]
+    assert "None of the experts (ask, doubt) is named after a skill" in run(*fit, fails=True)
+    assert "Did you mean 'router'" in run(*fit, "--skills", "[call]", "--n", 4, "--strategy", "ruoter", fails=True)
+    (tmp_path / "tools.json").write_text("{")
+    assert "is no JSON" in run("chat", "--model", base, "--tools", tmp_path / "tools.json", fails=True)
+    assert "is no dispatcher" in run("dispatch", "eval", tmp_path / "tools.json", library, "--model", base, fails=True)
+    assert not (tmp_path / "made").exists()

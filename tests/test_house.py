@@ -45,6 +45,7 @@ ORDER = [
     "training",
     "dispatch",
     "dialogue",
+    "chat",
     "demo",
     "cli",
 ]
