@@ -1,0 +1,557 @@
+"""Register: does a dispatcher let the right experts speak, what does that do, and what does it cost?
+
+    python -m benchmarks.register [--seeds 3] [--n 100]
+
+A held-out suite in equal parts (KINDS), n contexts each. A decision is the set of experts with a weight of at least one
+half; RIGHT says which sets are right in a kind. Success is the verdict of the kind's skill on the reply. Every finished
+run is one row of benchmarks/results/register.json; rows that are there are not run again.
+
+    accuracy_, composite_, worst_loss_, calibration_error_     by strategy, means over seeds: right decisions; success
+                        on composites; the largest fall of success in a kind from the base; of their confidence
+    regret_             success of the oracle (the first set of RIGHT) less that of the strategy, mean over kinds
+    router_ms           milliseconds a prompt that a router adds to one token from the same mixture given by hand
+    routed_over_fixed, routed_over_base     time of 64 tokens, routed over given by hand, over the base
+    abstain_exact       share of plain contexts that are answered as the base answers them, token for token
+    switch_loss         success of the second turn alone less that in a dialogue that was switched in the middle
+    reuse_kl, reuse_kl95    KL(refill || reuse) a token, along refill's reply, over dialogues: median, 95th percentile
+    reuse_speedup, reread_over_refill       at 512 tokens of history, time to the next token: refill over reuse; reading
+                        all again over refill
+    fewshot_evals_ratio     passes over ten shots, cross-entropy method over gradient, to the same loss, one weight a
+                        matrix and expert, as published; _by_expert with one an expert; 1,600 passes where it is missed
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.compose import recipe
+from benchmarks.grid import RESULTS, Grid, mean
+from benchmarks.objectives import harbor
+from svdexpert import Expert, SpectralModel, train_library, worlds
+from svdexpert.cli import run_command
+from svdexpert.conversation import Forward, continuation, render, tokenizer_of
+from svdexpert.decision import Asked, Context, Decision, Dispatcher
+from svdexpert.dialogue import Conversation, Policy, next_token_divergence
+from svdexpert.dispatch import Example, decide, examples_of, fit
+from svdexpert.dispatch.fewshot import search
+from svdexpert.dispatch.router import excluding, guessed_pairs, labels, probabilities, regressions
+from svdexpert.evaluate import FAMILIES, act, judge, normalised
+from svdexpert.skills import Case, load
+from svdexpert.storage import whole_file
+from svdexpert.worlds import Split, World, assistant
+
+NOBODY: frozenset[str] = frozenset()
+RIGHT: dict[str, tuple[frozenset[str], ...]] = {
+    "needs clarifying": (frozenset({"clarify"}),),
+    "false claim": (frozenset({"disagree"}),),
+    "true claim": (NOBODY, frozenset({"disagree"})),
+    "complete request": (frozenset({"call"}),),
+    "no tool serves": (NOBODY, frozenset({"call"})),
+    "plain question": (NOBODY,),
+    "composite": (frozenset({"clarify", "disagree"}),),
+}
+KINDS = tuple(RIGHT)
+LABELS = {
+    "clarify": "a question for a detail that is missing",
+    "disagree": "a correction, because what the user says is false",
+    "call": "a call of a function with what the user gave",
+}
+BARS: dict[str, tuple[str, float]] = {
+    "router_accuracy": (">=", 0.97),
+    "router_ms": ("<=", 0.4),
+    "routed_over_fixed": ("<=", 1.05),
+    "router_regret": ("<=", 0.02),
+    "abstain_exact": (">=", 0.98),
+    "switch_loss": ("<=", 0.02),
+    "reuse_speedup": (">=", 5.0),
+    "reuse_kl": ("<=", 0.05),
+    "fewshot_evals_ratio": (">=", 20.0),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One context of the suite.
+
+    Attributes:
+        kind: of KINDS.
+        case: its conversation and tools; its skill's verdict says whether a reply is right.
+    """
+
+    kind: str
+    case: Case
+
+    @property
+    def context(self) -> Context:
+        return Context(self.case.messages, self.case.tools)
+
+    def right(self, reply: str) -> bool:
+        if self.kind == "plain question":
+            return normalised(reply) == normalised(self.case.knowing.answer)
+        return load(self.case.skill).verify(self.case, reply).right
+
+
+def suite(world: World, split: Split, n: int, seed: int = 0) -> list[Item]:
+    """Return n contexts of every kind."""
+    drawn = {name: load(name).cases(world, split, 2 * n, seed=seed) for name in (*FAMILIES, "composite")}
+    parts = {
+        "needs clarifying": [one for one in drawn["clarify"] if one.positive],
+        "false claim": [one for one in drawn["disagree"] if one.positive],
+        "true claim": [one for one in drawn["disagree"] if not one.positive],
+        "complete request": [one for one in drawn["clarify"] if not one.positive],
+        "no tool serves": [one for one in drawn["call"] if not one.positive],
+        "plain question": [
+            replace(one, messages=one.knowing.messages, tools=one.knowing.tools)
+            for name in FAMILIES
+            for one in drawn[name][: -(-n // len(FAMILIES))]
+        ],
+        "composite": [one for one in drawn["composite"] if one.positive],
+    }
+    return [Item(kind, case) for kind in KINDS for case in parts[kind][:n]]
+
+
+# --- strategies
+
+
+@dataclass(frozen=True, eq=False)
+class BagOfWords:
+    """A router that reads the words of the conversation instead of what the base has in mind.
+
+    Attributes:
+        words: by place.
+        weight, bias: of the regressions.
+        experts: names.
+    """
+
+    words: Mapping[str, int]
+    weight: Tensor
+    bias: Tensor
+    experts: tuple[str, ...]
+    reads: ClassVar[bool] = False
+
+    def check(self, model: Any, library: Any) -> None:
+        """Nothing to check: it knows words alone."""
+
+    def decide(self, model: Any, asked: Asked) -> list[Decision]:
+        """Return a decision for every row."""
+        assert asked.contexts is not None
+        table = probabilities(counts(asked.contexts, self.words), self.weight, self.bias)
+        return [
+            Decision(
+                {name: 1.0 for name, p in zip(self.experts, row, strict=True) if p >= 0.5}, confident(row), "words"
+            )
+            for row in table.tolist()
+        ]
+
+
+def confident(row: Sequence[float]) -> float:
+    """Return how sure a set of independent decisions is."""
+    return math.prod(max(p, 1 - p) for p in row)
+
+
+def words_of(context: Context) -> Counter[str]:
+    """Return the words of a conversation, and the names of its functions."""
+    said = " ".join(str(one.get("content") or "") for one in context.messages)
+    names = [one["function"]["name"] for one in context.tools]
+    return Counter([*re.findall(r"\w+", said.casefold()), *names, f"{len(context.messages)} messages"])
+
+
+def counts(contexts: Sequence[Context], words: Mapping[str, int]) -> Tensor:
+    """Return log(1 + count) of words (n w)."""
+    table = torch.zeros(len(contexts), len(words))
+    for row, context in enumerate(contexts):
+        for word, count in words_of(context).items():
+            if word in words:
+                table[row, words[word]] = math.log1p(count)
+    return table
+
+
+def bag_of_words(examples: Sequence[Example], names: tuple[str, ...]) -> BagOfWords:
+    """Fit a bag-of-words router as the router is fitted, guessed pairs included."""
+    seen = Counter(word for one in examples for word in words_of(one.context))
+    words = {word: place for place, word in enumerate(sorted(word for word, count in seen.items() if count > 1))}
+    states, wanted = counts([one.context for one in examples], words).double(), labels(examples, names)
+    mixed, both = guessed_pairs(states, wanted, excluding(examples), names, 1.0, 0)
+    weight, bias = regressions(torch.cat([states, mixed]), torch.cat([wanted, both]), 1e-4)
+    return BagOfWords(words, weight.float(), bias.float(), names)
+
+
+RULES = {"base": "none", "uniform": "uniform", "sum": "sum", "best single": "best"}
+STRATEGIES = (*RULES, "bag of words", "prompt", "classify", "router")
+
+
+@dataclass
+class Seed:
+    """What a seed is measured with, made where it is needed.
+
+    Attributes:
+        model: harbor, attached.
+        world: the town.
+        items: the suite.
+        seed: of training, and of the examples that dispatchers are fitted on.
+    """
+
+    model: SpectralModel
+    world: World
+    items: Sequence[Item]
+    seed: int
+
+    @cached_property
+    def library(self) -> Mapping[str, Expert]:
+        how = recipe(seed=self.seed)
+        return train_library(self.model, FAMILIES, "dpo", recipe=how, world=self.world, progress=False)
+
+    @cached_property
+    def oracle(self) -> dict[str, float]:
+        """Success by kind, under the mixtures that are right."""
+        weights = [dict.fromkeys(RIGHT[one.kind][0], 1.0) for one in self.items]
+        return success(self.items, replies(self.model, self.library, self.items, weights))
+
+    @cached_property
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """Those that dispatchers learn from, and those that their settings are chosen on."""
+        train = examples_of(FAMILIES, self.world, "train", 800, seed=self.seed)
+        return train, examples_of(FAMILIES, self.world, "validation", 200, seed=self.seed)
+
+    @cached_property
+    def router(self) -> Dispatcher:
+        return fit("router", self.model, self.library, *self.examples)
+
+    def dispatcher(self, name: str) -> Dispatcher:
+        """Return one of STRATEGIES."""
+        train, held = self.examples
+        of = (self.model, self.library, train, held)
+        if name == "bag of words":
+            return bag_of_words(train, tuple(self.library))
+        if name in RULES:
+            return fit("fixed", *of, rule=RULES[name])
+        if name == "router":
+            return self.router
+        return fit(name, *of, labels=LABELS)
+
+
+def replies(
+    model: SpectralModel, library: Mapping[str, Expert], items: Sequence[Item], weights: Sequence[Mapping[str, float]]
+) -> list[str]:
+    """Return the greedy reply to every context under its own weights."""
+    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for place, one in enumerate(weights):
+        groups.setdefault(tuple(sorted((name, weight) for name, weight in one.items() if weight)), []).append(place)
+    found: dict[int, str] = {}
+    for mixture, places in groups.items():
+        with model.using(dict(mixture) or None, library):
+            said = act(model, [items[place].case for place in places], progress=False)
+        found.update(zip(places, said, strict=True))
+    return [found[place] for place in range(len(items))]
+
+
+def success(items: Sequence[Item], said: Sequence[str]) -> dict[str, float]:
+    """Return the share of right replies by kind."""
+    return {
+        kind: fmean(one.right(reply) for one, reply in zip(items, said, strict=True) if one.kind == kind)
+        for kind in KINDS
+    }
+
+
+def measured(of: Seed, dispatcher: Dispatcher, base: Sequence[str]) -> dict[str, Any]:
+    """Return the row of a strategy, beside the replies of the base."""
+    model, library, items, oracle = of.model, of.library, of.items, of.oracle
+    started = time.perf_counter()
+    decisions = decide(dispatcher, model, [one.context for one in items], library)
+    seconds = time.perf_counter() - started
+    right = [made.chosen in RIGHT[one.kind] for one, made in zip(items, decisions, strict=True)]
+    said = replies(model, library, items, [one.weights for one in decisions])
+    made, before = success(items, said), success(items, base)
+    pairs = zip(items, decisions, strict=True)
+    confusion = Counter((one.kind, " + ".join(sorted(made.chosen)) or "nobody") for one, made in pairs)
+    plain = [place for place, one in enumerate(items) if one.kind == "plain question"]
+    wanted = [made.chosen if ok else RIGHT[one.kind][0] for one, made, ok in zip(items, decisions, right, strict=True)]
+    return {
+        "accuracy": fmean(right),
+        "accuracy_of": {
+            kind: fmean(ok for one, ok in zip(items, right, strict=True) if one.kind == kind) for kind in KINDS
+        },
+        "confusion": [[kind, who, count] for (kind, who), count in confusion.items()],
+        "calibration_error": judge(wanted, decisions).calibration_error,
+        "success": made,
+        "regret": fmean(oracle[kind] - made[kind] for kind in KINDS),
+        "worst_loss": max(before[kind] - made[kind] for kind in KINDS),
+        "abstain_exact": fmean(said[place] == base[place] for place in plain),
+        "decision_ms": 1000 * seconds / len(items),
+    }
+
+
+# --- what it costs
+
+
+def costs(of: Seed) -> dict[str, Any]:
+    """Return times of 16 prompts in one batch: routed, with the same mixtures given by hand, and by the base."""
+    model, library, router = of.model, of.library, of.router
+    some = [one.case for one in of.items if one.kind in ("needs clarifying", "false claim", "complete request")][::7][
+        :16
+    ]
+    rows = sorted((render(tokenizer_of(model), one.messages, one.tools) for one in some), key=len)
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    seen = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    decided: list[Decision] = []
+    model.generate(ids, dispatcher=router, library=library, attention_mask=seen, on_decision=decided.extend)
+    weights = [dict(one.weights) for one in decided]
+    bank = model.bank(library)
+
+    def steps(tokens: int) -> dict[str, Callable[[], Any]]:
+        how: dict[str, Any] = {"attention_mask": seen, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        return {
+            "routed": lambda: model.generate(ids, dispatcher=router, library=bank, **how),
+            "fixed": lambda: model.generate(ids, weights, library=bank, **how),
+            "base": lambda: model.generate(ids, None, **how),
+        }
+
+    one, many = interleaved(steps(1), 40), interleaved(steps(64), 12)
+    return {
+        "rows": len(rows),
+        "tokens": longest,
+        "router_ms": 1000 * (one["routed"] - one["fixed"]) / len(rows),
+        "routed_over_fixed": many["routed"] / many["fixed"],
+        "routed_over_base": many["routed"] / many["base"],
+        "one_token_ms": {name: 1000 * seconds for name, seconds in one.items()},
+    }
+
+
+def interleaved(steps: Mapping[str, Callable[[], Any]], times: int) -> dict[str, float]:
+    """Return the median seconds of every step, all of them once a round."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for place in range(times + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if place >= 2:
+                found[name].append(time.perf_counter() - started)
+    return {name: median(some) for name, some in found.items()}
+
+
+# --- dialogues that are switched in the middle
+
+
+def switched(of: Seed) -> dict[str, Any]:
+    """Return what becomes of a second turn that needs other experts than the first."""
+    model, library, router = of.model, of.library, of.router
+    by_kind = {kind: [one for one in of.items if one.kind == kind] for kind in KINDS}
+    turns = [
+        (first, second)
+        for one, other in (("needs clarifying", "false claim"), ("false claim", "needs clarifying"))
+        for first, second in zip(by_kind[one], by_kind[other], strict=True)
+        if len(first.case.messages) == 1  # a claim about an earlier order would be about either
+    ]
+    alone, after, divergences = [], [], []
+    for first, second in turns:
+        tools = list({one["function"]["name"]: one for one in (*second.case.tools, *first.case.tools)}.values())
+        lone = Conversation(model, library, router, tools)
+        alone.append(second.right(lone.reply_to(*second.case.messages).text))
+        talk = Conversation(model, library, router, tools)
+        talk.reply_to(*first.case.messages)
+        after.append(second.right(talk.reply_to(*second.case.messages).text))
+        bare = Conversation(
+            model, library
+        )  # harbor's template moves the functions in every turn, and with them the cache
+        for one in (first, second):
+            bare.mix(dict.fromkeys(RIGHT[one.kind][0], 1.0))
+            bare.reply_to(*one.case.messages)
+        divergences.append(divergence(model, library, bare))
+    return {
+        "n": len(turns),
+        "alone": fmean(alone),
+        "after": fmean(after),
+        "switch_loss": fmean(alone) - fmean(after),
+        "reuse_kl": median(divergences),
+        "reuse_kl95": sorted(divergences)[math.ceil(0.95 * len(divergences)) - 1],
+    }
+
+
+@torch.no_grad()
+def divergence(model: SpectralModel, library: Mapping[str, Expert], talk: Conversation, most: int = 64) -> float:
+    """Return the mean KL(refill || reuse) over the tokens of the second reply of a dialogue without functions.
+
+    Reuse keeps what the first turn's mixture made of its own reply.
+    """
+    tokenizer, forward = tokenizer_of(model), Forward(model.hf)
+    first, last = (dict(one.decision.weights) for one in talk.turns)
+    places = [place for place, one in enumerate(talk.messages) if one["role"] == "assistant"]
+    said = render(tokenizer, talk.messages[: places[0]], ()) + continuation(tokenizer, talk.turns[0].text)
+    prompt = render(tokenizer, talk.messages[: places[1]], ())
+    reply = continuation(tokenizer, talk.turns[1].text)[:most]
+    same = next((place for place, (a, b) in enumerate(zip(said, prompt, strict=False)) if a != b), len(said))
+    whole = torch.tensor([[*prompt, *reply]])
+    mask = torch.ones_like(whole)
+    with model.using(last, library):
+        refilled = forward.logits(whole, mask, len(reply) + 1, use_cache=False)[0, :-1]
+    cache = forward.cache(len(whole[0]))
+    with model.using(first, library):
+        forward.logits(whole[:, :same], mask[:, :same], 1, past_key_values=cache, use_cache=True)
+    with model.using(last, library):
+        reused = forward.logits(whole[:, same:], mask, len(reply) + 1, past_key_values=cache, use_cache=True)[0, :-1]
+    return float(next_token_divergence(refilled, reused).mean())
+
+
+def next_token_times(of: Seed, tokens: int) -> dict[str, float]:
+    """Return milliseconds to the next token behind so many tokens of history, after a switch."""
+    model, library = of.model, of.library
+    tokenizer = tokenizer_of(model)
+    messages: list[Any] = []
+    for one in of.world.dialogues("heldout", 64):
+        for message in one.messages:
+            if message["role"] in ("user", "assistant") and message.get("content"):
+                if len(render(tokenizer, [*messages, message], ())) > tokens - 40:
+                    break
+                messages.append(message)
+    while messages[-1]["role"] != "user":
+        messages.pop()
+
+    def step(policy: Policy, known: bool) -> float:
+        talk = Conversation(model, library, policy=policy, max_new_tokens=1)
+        talk.mix({"clarify": 1.0})
+        if known:
+            talk.reply_to(*messages)
+        else:
+            talk.messages.extend([*messages, assistant("Fine.")])
+        talk.mix({"disagree": 1.0})
+        started = time.perf_counter()
+        talk.say("And what is next?")
+        return time.perf_counter() - started
+
+    ways: dict[str, tuple[Policy, bool]] = {
+        "refill": ("refill", True),
+        "reuse": ("reuse", True),
+        "reread": ("refill", False),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(12):
+        for name, way in ways.items():
+            found[name].append(step(*way))
+    return {name: 1000 * median(some) for name, some in found.items()}
+
+
+# --- few shots
+
+
+def few_shots(of: Seed) -> dict[str, Any]:
+    """Return how many passes over ten shots, positives of the three skills, both methods need to the same loss."""
+    drawn = [one for name in FAMILIES for one in load(name).cases(of.world, "train", 8, seed=of.seed)]
+    cases = [one for one in drawn if one.positive][:10]
+    shots = [Example(Context(one.messages, one.tools), NOBODY, reply=one.gold[0]) for one in cases]
+    found: dict[str, Any] = {}
+    for by_matrix, end in ((True, ""), (False, "_by_expert")):
+        ours = search(of.model, of.library, shots, by_matrix=by_matrix, evaluations=40)
+        level = ours.losses[-1] + 0.01 * (ours.losses[0] - ours.losses[-1])
+        needed = next(place for place, one in enumerate(ours.losses, 1) if one <= level)
+        how: dict[str, Any] = {"method": "cross-entropy", "by_matrix": by_matrix, "until": level, "seed": of.seed}
+        theirs = search(of.model, of.library, shots, evaluations=1600, **how)
+        found |= {
+            f"gradient{end}": needed,
+            f"cross_entropy{end}": len(theirs.losses),
+            f"reached{end}": theirs.losses[-1] <= level,
+            f"ratio{end}": len(theirs.losses) / needed,
+        }
+    return found
+
+
+# --- the table
+
+
+def figures(grid: Grid) -> dict[str, float]:
+    """Return the figures of finished runs."""
+    found: dict[str, float] = {}
+    for strategy in dict.fromkeys(row["run"]["strategy"] for row in grid.rows if "strategy" in row["run"]):
+        rows, name = grid.find(strategy=strategy), strategy.replace(" ", "_")
+        for key in ("accuracy", "regret", "worst_loss", "calibration_error", "decision_ms"):
+            found[f"{key}_{name}"] = mean(rows, key)
+        for kind in KINDS:
+            found[f"success_{kind.replace(' ', '_')}_{name}"] = mean([row["success"] for row in rows], kind)
+        found[f"composite_{name}"] = found.pop(f"success_composite_{name}")
+    for name in ("accuracy", "regret"):
+        found[f"router_{name}"] = found.get(f"{name}_router", math.nan)
+    found["abstain_exact"] = mean(grid.find(strategy="router"), "abstain_exact")
+    for kind in ("costs", "switched"):
+        rows = grid.find(what=kind)
+        for key in ("router_ms", "routed_over_fixed", "routed_over_base", "switch_loss", "reuse_kl", "reuse_kl95"):
+            if rows and key in rows[0]:
+                found[key] = mean(rows, key)
+    for row in grid.find(what="next token"):
+        tokens = row["run"]["tokens"]
+        end = "" if tokens == 512 else f"_{tokens}"
+        found[f"reuse_speedup{end}"] = row["refill"] / row["reuse"]
+        found[f"reread_over_refill{end}"] = row["reread"] / row["refill"]
+    for end in ("", "_by_expert"):
+        found[f"fewshot_evals_ratio{end}"] = mean(grid.find(what="few shots"), f"ratio{end}")
+    return found
+
+
+def draw_confusion(grid: Grid, path: Path) -> None:
+    """Write whom the router lets speak, by kind of context, as a picture."""
+    rows = [one for row in grid.find(strategy="router") for one in row["confusion"]]
+    chosen = sorted({one[1] for one in rows}, key=lambda one: (one.count("+"), one))
+    table = torch.zeros(len(KINDS), len(chosen))
+    for kind, who, count in rows:
+        table[KINDS.index(kind), chosen.index(who)] += count
+    table = table / table.sum(-1, keepdim=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(chosen)), chosen, rotation=30, ha="right")
+    axes.set_yticks(range(len(KINDS)), KINDS)
+    for y, row in enumerate(table.tolist()):
+        for x, share in enumerate(row):
+            axes.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def main(seeds: int = 3, n: int = 100) -> None:
+    """Run what has not been run, and print the table.
+
+    Args:
+        seeds: of training.
+        n: held-out contexts of every kind.
+    """
+    grid = Grid.open("register", BARS)
+    town, model = worlds.load("town"), harbor()
+    items = suite(town, "heldout", n)
+    base = replies(model, {}, items, [{}] * len(items))
+    for seed in range(seeds):
+        of = Seed(model, town, items, seed)
+        wanted = {"seed": seed, "n": n}
+        grid.once({"strategy": "oracle", **wanted}, lambda of=of: {"success": of.oracle})
+        for name in STRATEGIES:
+            run = {"strategy": name, **wanted}
+            grid.once(run, lambda of=of, name=name: measured(of, of.dispatcher(name), base))
+        grid.once({"what": "switched", **wanted}, lambda of=of: switched(of))
+        grid.once({"what": "few shots", **wanted}, lambda of=of: few_shots(of))
+        if seed == 0:
+            grid.once({"what": "costs", **wanted}, lambda of=of: costs(of))
+            for tokens in (512, 960):
+                run = {"what": "next token", "tokens": tokens, **wanted}
+                grid.once(run, lambda of=of, tokens=tokens: next_token_times(of, tokens))
+        grid.write(figures(grid))
+    found = figures(grid)
+    grid.write(found)
+    draw_confusion(grid, RESULTS / "register.png")
+    grid.show(found)
+
+
+if __name__ == "__main__":
+    run_command(main, "python -m benchmarks.register")
