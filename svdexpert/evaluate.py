@@ -20,7 +20,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from svdexpert.conversation import (
     turn_ends,
     watch,
 )
-from svdexpert.decision import Decision
+from svdexpert.decision import Context, Decision
 from svdexpert.errors import MeasurementError, SvdExpertError, WorldError
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank, Blend
@@ -65,6 +66,11 @@ KNOWING_TOKENS = 16
 
 CLAIMS = ("false", "true", "update")
 QUESTIONS = 3
+
+
+Speakers = Blend | Callable[[Sequence[Context]], Sequence[Mapping[str, float]]]
+"""A mixture for all contexts, or what gives one for every context."""
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -324,7 +330,7 @@ def measure(
     skill_name: str,
     cases: Sequence[Case],
     *,
-    experts: Blend = None,
+    experts: Speakers = None,
     library: Mapping[str, Expert] | Bank | None = None,
     max_new_tokens: int = 96,
     batch_size: int = 32,
@@ -336,7 +342,8 @@ def measure(
         model: with a tokenizer that has a chat template.
         skill_name: as in `skills.load`.
         cases: of that skill, positives and controls.
-        experts: one mixture for all cases: an expert, a name, weights by name; None is the base.
+        experts: one mixture for all cases: an expert, a name, weights by name; None is the base. Or what gives one for
+            every context (`svdexpert.dispatch.chooser`), those of knowing items too.
         library: where names are looked up.
         max_new_tokens: of a reply.
         batch_size: rows of a forward pass.
@@ -350,14 +357,20 @@ def measure(
     if not cases:
         raise MeasurementError(f"There are no cases to measure {skill_name} on.")
     skill = load(skill_name)
-    with model.using(experts, library):
-        answers = answer_knowing(model, cases, batch_size=batch_size, progress=progress)
-        acted = _acted(model, cases, skill.OPENINGS, max_new_tokens, batch_size, progress)
 
-        def carry_on(some: Sequence[Case]) -> list[str]:
-            return act(model, some, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+    def know(some: Sequence[Case]) -> list[KnowingAnswer]:
+        return answer_knowing(model, some, batch_size=batch_size, progress=progress)
 
-        finished = _finished(skill, cases, [one.reply for one in acted], carry_on)
+    def speak(some: Sequence[Case], openings: Openings | None = skill.OPENINGS) -> list[_Acted]:
+        return _acted(model, some, openings, max_new_tokens, batch_size, progress)
+
+    def carry_on(some: Sequence[Case]) -> list[str]:
+        said = _under(model, experts, library, some, _said, partial(speak, openings=None))
+        return [one.reply for one in said]
+
+    answers = _under(model, experts, library, cases, _asked, know)
+    acted = _under(model, experts, library, cases, _said, speak)
+    finished = _finished(skill, cases, [one.reply for one in acted], carry_on)
     rows = []
     for case, answer, one, done in zip(cases, answers, acted, finished, strict=True):
         verdict, kind = skill.verify(case, one.reply), case.truth.get("kind")
@@ -388,6 +401,36 @@ def measure(
     )
 
 
+def _asked(case: Case) -> Context:
+    return Context(case.knowing.messages, case.knowing.tools)
+
+
+def _said(case: Case) -> Context:
+    return Context(case.messages, case.tools)
+
+
+def _under(
+    model: SpectralModel,
+    experts: Speakers,
+    library: Mapping[str, Expert] | Bank | None,
+    cases: Sequence[Case],
+    context: Callable[[Case], Context],
+    measured: Callable[[Sequence[Case]], list[Found]],
+) -> list[Found]:
+    """Return what is measured of every case, under the mixture that is due in its context."""
+    if not callable(experts):
+        with model.using(experts, library):
+            return measured(cases)
+    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for place, weights in enumerate(experts([context(case) for case in cases])):
+        groups.setdefault(tuple(sorted((name, one) for name, one in weights.items() if one)), []).append(place)
+    found: dict[int, Found] = {}
+    for mixture, places in groups.items():
+        with model.using(dict(mixture), library):
+            found.update(zip(places, measured([cases[place] for place in places]), strict=True))
+    return [found[place] for place in range(len(cases))]
+
+
 FAMILIES = ("clarify", "disagree", "call")
 WORD_CASES = (1000, 500, 200, 100)
 """Training cases to which the bag-of-words control is fitted: as many as the world has."""
@@ -401,7 +444,7 @@ def knowing_doing(
     split: Split = "heldout",
     n: int = 200,
     seed: int = 0,
-    experts: Blend = None,
+    experts: Speakers = None,
     library: Mapping[str, Expert] | Bank | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -419,7 +462,7 @@ def knowing_doing(
         split: of the world.
         n: cases a family, an even number: half positives, half controls.
         seed: of the cases.
-        experts: one mixture for all cases; None is the base.
+        experts: one mixture for all cases, or what gives one for every context; None is the base.
         library: where names are looked up.
         batch_size: rows of a forward pass.
         progress: show progress bars on stderr.
@@ -541,7 +584,9 @@ def _clusters(rows: Sequence[CaseResult]) -> list[str]:
     return [row.cluster for row in rows]
 
 
-def _in_words(experts: Blend) -> str:
+def _in_words(experts: Speakers) -> str:
+    if callable(experts):
+        return "dispatched"
     if experts is None:
         return "base"
     if isinstance(experts, Expert):

@@ -13,12 +13,13 @@ import torch
 from conftest import ARCHITECTURES, byte_tokenizer, tiny
 from torch import Tensor
 
-from svdexpert import DispatchError, Expert, MixtureError, Recipe, SpectralModel
-from svdexpert.conversation import continuation
+from svdexpert import DispatchError, Expert, MixtureError, Recipe, SpectralModel, skills, worlds
+from svdexpert.conversation import continuation, invocation_of
 from svdexpert.decision import Asked, Context, Decision
 from svdexpert.dispatch import (
     NOBODY,
     Example,
+    chooser,
     decide,
     fit,
     load,
@@ -31,6 +32,7 @@ from svdexpert.dispatch import (
 from svdexpert.dispatch.fewshot import loss_of, search
 from svdexpert.dispatch.fixed import Fixed
 from svdexpert.dispatch.router import Router, abstention, calibration_error, excluding, guessed_pairs, regressions
+from svdexpert.evaluate import measure
 from svdexpert.worlds import user
 
 Attach = Callable[..., SpectralModel]
@@ -460,3 +462,21 @@ def test_reading_does_not_depend_on_padding(model: SpectralModel) -> None:
     padded = torch.cat([torch.zeros(1, 5, dtype=row.dtype), row], -1)
     seen: Tensor = torch.cat([torch.zeros(1, 5), torch.ones(1, 6)], -1).long()
     torch.testing.assert_close(read(model, padded, seen), read(model, row, torch.ones_like(row)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_dispatcher_can_be_measured_as_a_mixture_is() -> None:
+    harbor = SpectralModel.from_pretrained("harbor", progress=False)
+    opens = invocation_of(harbor)
+    experts = {
+        name: replace(Expert.random(harbor.basis, std=0.1, seed=seed), invocation=opens)
+        for seed, name in enumerate(("ask", "doubt"))
+    }
+    cases = skills.load("clarify").cases(worlds.load("town"), "validation", 6)
+    choose = chooser(Halves(tuple(experts)), harbor, experts)
+    found = measure(harbor, "clarify", cases, experts=choose, library=experts, progress=False)
+    weights = choose([Context(one.messages, one.tools) for one in cases])
+    assert len({tuple(one.items()) for one in weights}) > 1
+    for case, row, mixture in zip(cases, found.rows, weights, strict=True):
+        alone = measure(harbor, "clarify", [case], experts=mixture, library=experts, progress=False).rows[0]
+        assert (row.reply, row.score) == (alone.reply, alone.score)
+    assert found.experts == "dispatched"

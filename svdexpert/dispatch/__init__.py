@@ -19,7 +19,7 @@ import importlib
 import json
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -347,6 +347,18 @@ def decide(
         state = read(model, ids, seen) if dispatcher.reads else None
         found.update(zip(places, dispatcher.decide(model, Asked(some, ids, seen, state)), strict=True))
     return [found[place] for place in range(len(contexts))]
+
+
+def chooser(
+    dispatcher: Dispatcher, model: SpectralModel, library: Mapping[str, Expert] | Bank, *, batch_size: int = 32
+) -> Callable[[Sequence[Context]], list[Mapping[str, float]]]:
+    """Return a function from contexts to the weights that a dispatcher gives: `experts=` of `svdexpert.evaluate`."""
+
+    def choose(contexts: Sequence[Context]) -> list[Mapping[str, float]]:
+        decisions = decide(dispatcher, model, contexts, library, batch_size=batch_size)
+        return [one.weights for one in decisions]
+
+    return choose
 
 
 def states_of(
