@@ -274,6 +274,89 @@ def draw_knowing_doing(results: Sequence[SkillResult], path: Path) -> None:
         figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
 
 
+def draw_slopes(before: Sequence[SkillResult], after: Sequence[SkillResult], path: Path) -> None:
+    """Write knowing and doing before and after, a panel a skill, with 95 % intervals (PNG, PDF or SVG by the ending).
+
+    Args:
+        before: results of the base.
+        after: results of the same skills, in the same order.
+        path: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4 * len(before), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(before), sharey=True, squeeze=False)[0]
+    names = {"knowing": "knowing_positives", "doing": "doing", "controls": "controls"}
+    for axes, one, other in zip(panels, before, after, strict=True):
+        for place, (label, name) in enumerate(names.items()):
+            found = [result.figures[name] for result in (one, other)]
+            at = [0 + 0.06 * (place - 1), 1 + 0.06 * (place - 1)]
+            values = [each.value for each in found]
+            below_above = [[each.value - each.low for each in found], [each.high - each.value for each in found]]
+            axes.errorbar(at, values, below_above, color=_COLOURS[label], marker="o", capsize=3, label=label)
+        axes.set_xticks([0, 1], [one.experts, other.experts], fontsize=9)
+        axes.set_xlim(-0.35, 1.35)
+        axes.set_ylim(0, 1.05)
+        axes.set_title(one.skill, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("share right, 95 % interval", fontsize=9)
+    panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
+def draw_shares(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
+    """Write a table of shares in [0, 1] as a heat map (PNG, PDF or SVG by the ending); NaN is left empty."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 + 0.85 * len(columns), 1.4 + 0.5 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(torch.tensor(values).numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, fontsize=9, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    for y, row in enumerate(values):
+        for x, share in enumerate(row):
+            if share == share:  # NaN: nothing was measured
+                axes.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.6 else "black")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
+def draw_turns(weights: Sequence[Mapping[str, float]], names: Sequence[str], labels: Sequence[str], path: Path) -> None:
+    """Write who speaks in the turns of a dialogue, as stacked bars (PNG, PDF or SVG by the ending).
+
+    Args:
+        weights: by expert, of every turn.
+        names: of the experts.
+        labels: what is said, by turn.
+        path: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 0.9 + 0.45 * len(weights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#56B4E9")  # Okabe and Ito
+    left = [0.0] * len(weights)
+    for place, name in enumerate(names):
+        widths = [one.get(name, 0.0) for one in weights]
+        axes.barh(range(len(weights)), widths, 0.6, left, color=colours[place % len(colours)], label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(weights)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(1.0, *left))
+    axes.set_xlabel("weight", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+
+
 # --- training
 
 

@@ -37,6 +37,7 @@ ORDER = [
     "conversation",
     "evaluate",
     "report",
+    "page",
     "objectives",
     "recipe",
     "examples",
