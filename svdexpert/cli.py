@@ -582,16 +582,18 @@ def talk(
     chat.run(conversation, None if history is None else Path(history))
 
 
-def demo(folder: str = "runs/demo") -> None:
-    """Run the whole path on harbor: the gap between knowing and doing, mixtures in one batch, export, reload.
+def demo(folder: str = "runs/demo", n: PositiveInt = 64, data: str | None = None) -> None:
+    """Run the main job on harbor: train three experts in one batch, dispatch, measure, export, and show it on a page.
 
     Args:
-        folder: where the picture, the experts and the exports are written; those of an earlier demo are replaced.
+        folder: of the run; given again, it goes on where it was.
+        n: held-out cases a skill, even.
+        data: folder of the Schema-Guided Dialogue data, for a real conversation among the samples.
     """
     from svdexpert.demo import run
 
     _quiet_when_piped()
-    run(Path(folder))
+    run(Path(folder), n, data)
 
 
 def _skills(library: "Mapping[str, Expert]") -> list[str]:

@@ -223,18 +223,19 @@ def knowing_doing_table(results: Sequence[SkillResult]) -> Group:
 
 def dispatch_table(measured: DecisionResult) -> Group:
     """Return who should have spoken, and who did."""
-    chosen = sorted({who for _, who in measured.confusion}, key=_people)
+    chosen = sorted({who for _, who in measured.confusion}, key=people)
     table = Table()
     table.add_column("should speak \\ speaks")
     for who in chosen:
-        table.add_column(_people(who), justify="right")
-    for wanted in sorted({who for who, _ in measured.confusion}, key=_people):
-        _row(table, _people(wanted), *(str(measured.confusion.get((wanted, who), 0)) for who in chosen))
+        table.add_column(people(who), justify="right")
+    for wanted in sorted({who for who, _ in measured.confusion}, key=people):
+        _row(table, people(wanted), *(str(measured.confusion.get((wanted, who), 0)) for who in chosen))
     note = f"right in {measured.accuracy:.3f} of {measured.n}; calibration error {measured.calibration_error:.3f}"
     return _titled("decisions", table, note)
 
 
-def _people(who: frozenset[str]) -> str:
+def people(who: frozenset[str]) -> str:
+    """Return who speaks, in words."""
     return " + ".join(sorted(who)) or "nobody"
 
 
@@ -302,7 +303,8 @@ def draw_slopes(before: Sequence[SkillResult], after: Sequence[SkillResult], pat
         axes.set_title(one.skill, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share right, 95 % interval", fontsize=9)
-    panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
 

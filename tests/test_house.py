@@ -47,6 +47,7 @@ ORDER = [
     "dispatch",
     "dialogue",
     "chat",
+    "showcase",
     "demo",
     "cli",
 ]
