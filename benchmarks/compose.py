@@ -71,10 +71,13 @@ BARS: dict[str, tuple[str, float]] = {
 }
 
 
+CONFIG = yaml.safe_load((CONFIGS / "library.yaml").read_text())
+OBJECTIVE: str = CONFIG["objective"]
+
+
 def recipe(**changes: Any) -> Recipe:
     """Return the recipe of the library's config, without scores of its own."""
-    config = yaml.safe_load((CONFIGS / "library.yaml").read_text())
-    return Recipe(**(config.get("recipe", {}) | {"score_cases": 0, "validation_cases": 0} | changes))
+    return Recipe(**(CONFIG.get("recipe", {}) | {"score_cases": 0, "validation_cases": 0} | changes))
 
 
 def fall_of_lora(
@@ -83,7 +86,7 @@ def fall_of_lora(
     """Train three LoRA adapters as a library is; measure in validation, or alone and added up where cases are given."""
     bank = LoraBank(model, rank=4)
     try:
-        some = train_bank(bank, FAMILIES, recipe(seed=seed, learning_rate=rate), town)
+        some = train_bank(bank, FAMILIES, OBJECTIVE, recipe(seed=seed, learning_rate=rate), town)
         if cases is None:
             drawn = draw(town, "validation", 200, seed)
             shares = [right(bank, name, drawn[name], some[""]) for name in FAMILIES]  # type: ignore[arg-type]
@@ -124,7 +127,7 @@ def library(
 ) -> dict[str, Any]:
     """Train three experts in one batch; measure each alone, on the others' skills, and all in a sum."""
     started = time.perf_counter()
-    found = train_library(model, FAMILIES, "dpo", recipe=recipe(seed=seed, **changes), world=town, progress=False)
+    found = train_library(model, FAMILIES, OBJECTIVE, recipe=recipe(seed=seed, **changes), world=town, progress=False)
     seconds = time.perf_counter() - started
     base = scores(model, cases, None)
     off = {}
@@ -137,16 +140,16 @@ def library(
 def apart(model: SpectralModel, town: World, cases: Mapping[str, list[Case]], seed: int) -> dict[str, Any]:
     """Train three experts apart, and measure their sum."""
     of = {"recipe": recipe(seed=seed, mixing=0.0), "world": town, "progress": False}
-    found = {name: train(model, name, "dpo", **of) for name in FAMILIES}
+    found = {name: train(model, name, OBJECTIVE, **of) for name in FAMILIES}
     return fall(model, cases, found, added(list(found.values())))
 
 
 def joined(model: SpectralModel, town: World, cases: Mapping[str, list[Case]], n: int, seed: int) -> dict[str, Any]:
     """Train three experts, then a fourth against them; measure what it costs the three, and itself."""
     of: dict[str, Any] = {"recipe": recipe(seed=seed), "world": town, "progress": False}
-    old = train_library(model, FAMILIES, "dpo", **of)
-    new = train(model, FOURTH, "dpo", against=old, **of)
-    solo = train(model, FOURTH, "dpo", **of)
+    old = train_library(model, FAMILIES, OBJECTIVE, **of)
+    new = train(model, FOURTH, OBJECTIVE, against=old, **of)
+    solo = train(model, FOURTH, OBJECTIVE, **of)
     three, four = added(list(old.values())), added([*old.values(), new])
     before = {name: measure(model, name, some, experts=three, progress=False) for name, some in cases.items()}
     after = {name: measure(model, name, some, experts=four, progress=False) for name, some in cases.items()}
@@ -158,7 +161,7 @@ def joined(model: SpectralModel, town: World, cases: Mapping[str, list[Case]], n
 
 def eight(model: SpectralModel, town: World, n: int, seed: int) -> dict[str, Any]:
     """Train eight experts in one batch, and measure their sum."""
-    found = train_library(model, PARTS, "dpo", recipe=recipe(seed=seed), world=town, progress=False)
+    found = train_library(model, PARTS, OBJECTIVE, recipe=recipe(seed=seed), world=town, progress=False)
     cases = {name: load(name).cases(town, "heldout", 2 * (n // 8), seed=0) for name in PARTS}
     by_path = {path: found[path.rpartition(".")[2]] for path in PARTS}
     return fall(model, cases, by_path, added(list(found.values())))

@@ -104,9 +104,15 @@ class LoraModule(ExpertModule):
     """Adapters of a bank in training, where the library trains offsets: the same rows, mixtures and loss."""
 
     def __init__(
-        self, bank: LoraBank, tasks: Sequence[Task], recipe: Recipe, neutrals: Sequence[Neutral], folder: Path
+        self,
+        bank: LoraBank,
+        tasks: Sequence[Task],
+        objective: str,
+        recipe: Recipe,
+        neutrals: Sequence[Neutral],
+        folder: Path,
     ) -> None:
-        super().__init__(bank.spectral, tasks, {}, "dpo", recipe, neutrals, folder)
+        super().__init__(bank.spectral, tasks, {}, objective, recipe, neutrals, folder)
         self.model = cast(SpectralModel, bank)
         self.offsets = nn.Parameter(bank.fresh(len(tasks), recipe.seed))
         self.frozen, self.scale = torch.zeros(0, bank.size), torch.zeros(bank.size)
@@ -115,12 +121,14 @@ class LoraModule(ExpertModule):
         return LoraMixture(torch.tensor(weights, device=self.device), self.offsets)
 
 
-def train_bank(bank: LoraBank, skills: Sequence[str], recipe: Recipe, world: World) -> Mapping[str, LoraMixture]:
+def train_bank(
+    bank: LoraBank, skills: Sequence[str], objective: str, recipe: Recipe, world: World
+) -> Mapping[str, LoraMixture]:
     """Return an adapter for every skill, and their sum under "", trained in one batch as our libraries are."""
     run = Run(
         model=bank.spectral,
         skills=skills,
-        objective="dpo",
+        objective=objective,
         recipe=recipe,
         world=world,
         against={},
@@ -129,7 +137,7 @@ def train_bank(bank: LoraBank, skills: Sequence[str], recipe: Recipe, world: Wor
     )
     tasks = run.tasks()
     with TemporaryDirectory() as folder:
-        module = LoraModule(bank, tasks, recipe, run.neutrals(tasks), Path(folder))
+        module = LoraModule(bank, tasks, objective, recipe, run.neutrals(tasks), Path(folder))
         fit(module, trainer_of(Path(folder), recipe, {}, progress=False), Path(folder))
     numbers, alone = module.offsets.detach(), torch.eye(len(tasks))
     found = {task.name: LoraMixture(alone[place : place + 1], numbers) for place, task in enumerate(tasks)}

@@ -38,7 +38,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.compose import recipe
+from benchmarks.compose import OBJECTIVE, recipe
 from benchmarks.grid import RESULTS, Grid, mean
 from benchmarks.objectives import harbor
 from svdexpert import Expert, SpectralModel, train_library, worlds
@@ -213,7 +213,7 @@ class Seed:
     @cached_property
     def library(self) -> Mapping[str, Expert]:
         how = recipe(seed=self.seed)
-        return train_library(self.model, FAMILIES, "dpo", recipe=how, world=self.world, progress=False)
+        return train_library(self.model, FAMILIES, OBJECTIVE, recipe=how, world=self.world, progress=False)
 
     @cached_property
     def oracle(self) -> dict[str, float]:
