@@ -34,7 +34,7 @@ def run(folder: Path, n: int = 64, data: str | None = None, recipe: Recipe = REC
         n: held-out cases a skill, even.
         data: folder of the Schema-Guided Dialogue data, for a real conversation among the samples.
         recipe: how the experts are trained.
-        examples: cases of each skill that the router learns from, even.
+        examples: cases of each skill that the router learns from, a multiple of four.
     """
     say = Console().print
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,8 @@ def run(folder: Path, n: int = 64, data: str | None = None, recipe: Recipe = REC
     # 3. Who speaks when: a router reads what the base has in mind at the end of the prompt.
     file = folder / f"router-{version}.safetensors"
     if not file.exists():
-        seen, held = (examples_of(FAMILIES, town, split, examples) for split in ("train", "validation"))
+        seen = examples_of(FAMILIES, town, "train", examples)
+        held = examples_of(FAMILIES, town, "validation", examples // 2)
         save_dispatcher(fit("router", model, library, seen, held), file)
     router = open_file(file)
     asked = examples_of(FAMILIES, town, "heldout", n)
@@ -86,7 +87,7 @@ def run(folder: Path, n: int = 64, data: str | None = None, recipe: Recipe = REC
     samples = [sample(model, library, router, some) for some in shown]
     for one in samples:
         say(side_by_side(one))
-    talk, said = dialogue(model, library, router, cases["clarify"])
+    talk, said = dialogue(model, library, router, skills.load("clarify").cases(town, "heldout", 64))
 
     # 7. All of it on one page.
     say(f"[bold]7.[/] {show(folder, results, judged, samples, talk, said)}")

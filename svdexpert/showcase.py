@@ -73,9 +73,14 @@ def dialogue(
 ) -> tuple[Conversation, list[str]]:
     """Return a dialogue that needs another register in every turn, and what the user says in each.
 
-    The user leaves a detail out, gives it, is told what became of it, claims something else, and asks plainly.
+    The user leaves a detail out, gives it, is told what became of it, claims something else, and says good-bye. The
+    function is one that the train split has.
     """
-    case = next(one for one in cases if one.positive and len(one.followup) == 1 and len(one.messages) == 1)
+    case = next(
+        one
+        for one in cases
+        if one.positive and len(one.followup) == 1 and len(one.messages) == 1 and "seen_tool" in one.tags
+    )
     name, answer = case.truth["call"]["name"], next(iter(case.followup.values()))
     talk = Conversation(model, library, dispatcher, case.tools)
     said = [str(case.messages[-1]["content"]), answer, "(the function replies)", *CLAIMS]

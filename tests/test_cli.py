@@ -262,7 +262,7 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
     said = run("dispatch", "eval", router, skilled, "--n", 20, "--log", log)
     assert "should speak" in said
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(rows) == 90  # 20 of each of three skills, and as many knowing questions again by half
+    assert 90 < len(rows) <= 100  # 20 cases and 10 knowing questions a skill, and replies of functions
     assert {"wanted", "weights", "confidence", "because", "abstained"} <= rows[0].keys()
     own = tmp_path / "own.jsonl"
     lines = [{"messages": row["messages"], "experts": row["wanted"]} for row in rows]

@@ -49,7 +49,7 @@ from svdexpert.model import SpectralModel
 from svdexpert.skills import Case, Skill, check_tool
 from svdexpert.skills import load as load_skill
 from svdexpert.storage import whole_file
-from svdexpert.worlds import Message, Split, World, user
+from svdexpert.worlds import Dialogue, Message, Split, World, user
 
 __all__ = ["Asked", "Context", "Decision", "Dispatcher", "Example", "decide", "examples_of", "fit", "load", "open_file"]
 
@@ -168,13 +168,15 @@ def examples_of(
 ) -> list[Example]:
     """Return contexts of skills, and who should speak in each: the skill whose move the demonstration makes.
 
+    Nobody should in knowing questions, and nobody where a function has just replied.
+
     Args:
         skills: names of skills, which are names of experts.
         world: where cases come from.
         split: the split.
         n: cases of each skill, even.
         seed: of the world's draws.
-        plain: knowing questions, in which nobody should speak, as a share of the cases.
+        plain: knowing questions, as a share of the cases; of functions' replies at most as many as of one skill's.
 
     Raises:
         SkillError: an unknown skill, n is odd.
@@ -189,7 +191,16 @@ def examples_of(
         ]
         asked = cases[: round(plain * n)]
         found += [Example(Context(one.knowing.messages, one.knowing.tools), frozenset()) for one in asked]
-    return found
+    told = world.dialogues(split, round(plain * n), seed=seed)
+    return found + [Example(one, frozenset()) for one in map(_told, told) if one is not None]
+
+
+def _told(dialogue: Dialogue) -> Context | None:
+    """Return a dialogue up to the first reply of a function, None where there is none."""
+    for place, one in enumerate(dialogue.messages):
+        if one["role"] == "tool":
+            return Context(dialogue.messages[: place + 1], dialogue.tools)
+    return None
 
 
 def _wanted(name: str, case: Case, skill: Skill, loaded: Mapping[str, Skill]) -> frozenset[str]:
