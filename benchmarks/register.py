@@ -112,7 +112,7 @@ def suite(world: World, split: Split, n: int, seed: int = 0) -> list[Item]:
         "needs clarifying": [one for one in drawn["clarify"] if one.positive],
         "false claim": [one for one in drawn["disagree"] if one.positive],
         "true claim": [one for one in drawn["disagree"] if not one.positive],
-        "complete request": [one for one in drawn["clarify"] if not one.positive],
+        "complete request": [one for one in drawn["call"] if one.positive],
         "no tool serves": [one for one in drawn["call"] if not one.positive],
         "plain question": [
             replace(one, messages=one.knowing.messages, tools=one.knowing.tools)

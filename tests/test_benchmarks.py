@@ -10,10 +10,12 @@ import torch
 from conftest import tiny
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import compose, grid, objectives
+from benchmarks import compose, grid, objectives, register
 from benchmarks.grid import Grid
 from benchmarks.lora_bank import LoraBank, LoraMixture
 from svdexpert import SpectralModel, skills, worlds
+from svdexpert.decision import Asked, Context
+from svdexpert.dispatch import Example
 
 
 def test_a_run_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +92,41 @@ def test_the_best_objective_is_chosen_in_validation() -> None:
     found = objectives.figures([row("sft", 0.9, 0.6), row("dpo", 0.8, 0.7)])
     assert found["best_doing_clarify"] == 0.6
     assert found["doing_clarify_dpo"] == 0.7
+
+
+def test_a_suite_has_equal_parts_and_knows_what_is_right() -> None:
+    items = register.suite(worlds.load("town"), "validation", 4)
+    assert [one.kind for one in items] == [kind for kind in register.KINDS for _ in range(4)]
+    for one in items:
+        gold = one.case.knowing.answer if one.kind == "plain question" else one.case.gold[0]
+        assert one.right(gold), (one.kind, gold)
+        assert not one.right("Hm" if one.kind == "plain question" else one.case.bad[0].reply)
+
+
+def test_a_bag_of_words_reads_words_alone() -> None:
+    def example(words: str, *wanted: str) -> Example:
+        return Example(Context(({"role": "user", "content": words},)), frozenset(wanted))
+
+    rows = [
+        example(f"{word} {place}", *who) for place in range(4) for word, *who in (("taxi", "call"), ("moon", "ask"))
+    ]
+    rows += [example(f"tea {place}") for place in range(4)]
+    bag = register.bag_of_words(rows, ("call", "ask"))
+    ids = torch.zeros(3, 1, dtype=torch.long)
+    contexts = [example(words).context for words in ("taxi 9", "moon 9", "tea 9")]
+    chosen = [one.chosen for one in bag.decide(None, Asked(contexts, ids, ids + 1))]
+    assert chosen == [{"call"}, {"ask"}, frozenset()]
+
+
+def test_figures_of_the_register_are_means_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "RESULTS", tmp_path)
+    opened = Grid.open("register", register.BARS)
+    for seed, accuracy in ((0, 0.8), (1, 0.9)):
+        same = {"regret": 0.1, "worst_loss": 0.0, "calibration_error": 0.1, "decision_ms": 1.0, "abstain_exact": 1.0}
+        row = {"accuracy": accuracy, "success": dict.fromkeys(register.KINDS, accuracy), "confusion": [], **same}
+        opened.once({"strategy": "router", "seed": seed, "n": 2}, lambda row=row: row)
+    opened.once({"what": "next token", "tokens": 512}, lambda: {"refill": 2.0, "reuse": 1.0, "reread": 8.0})
+    found = register.figures(opened)
+    assert found["router_accuracy"] == pytest.approx(0.85)
+    assert found["composite_router"] == pytest.approx(0.85)
+    assert (found["reuse_speedup"], found["reread_over_refill"]) == (2.0, 4.0)
