@@ -20,6 +20,7 @@ PACKAGE = ROOT / "svdexpert"
 # Imports point down this list only. A room (a folder) stands as one: its entries import its protocol, never a sibling.
 ORDER = [
     "errors",
+    "registry",
     "storage",
     "reply",
     "worlds",

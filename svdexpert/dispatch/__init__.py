@@ -15,14 +15,13 @@ that names its strategy, its base and its experts; it is refused where it does n
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import pkgutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +45,7 @@ from svdexpert.errors import DispatchError, did_you_mean
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
+from svdexpert.registry import member, members
 from svdexpert.skills import Case, Skill, check_tool
 from svdexpert.skills import load as load_skill
 from svdexpert.storage import whole_file
@@ -91,7 +91,7 @@ class Strategy(Protocol):
 
 def names() -> list[str]:
     """Return the names of the strategies that ship."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return members(sys.modules[__name__])
 
 
 def load(name: str) -> Strategy:
@@ -100,18 +100,7 @@ def load(name: str) -> Strategy:
     Raises:
         DispatchError: there is none of that name, or the module lacks a part of one.
     """
-    path = name if "." in name else f"{__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name and not path.startswith(error.name):
-            raise
-        raise DispatchError(f"There is no strategy {name!r}.{did_you_mean(name, names())}") from error
-    lacking = [part for part in ("fit", "restored") if not hasattr(module, part)]
-    if lacking:
-        raise DispatchError(
-            f"The module {path} is no strategy: it lacks {', '.join(lacking)} (see svdexpert.dispatch)."
-        )
+    module = member(sys.modules[__name__], "strategy", name, ("fit", "restored"), DispatchError)
     return cast(Strategy, module)
 
 
@@ -304,6 +293,41 @@ def label_scores(
     _, ends = turn_ends(model)
     found = answers(model, prompts, ends, "labelling", batch_size=batch_size, progress=False)
     return torch.tensor([[sum(tokens) for tokens in answer.scores] for answer in found])
+
+
+@dataclass(frozen=True, eq=False)
+class Labelling:
+    """What dispatchers that have contexts labelled share.
+
+    Attributes:
+        labels: what each expert is for, by name; they are the answers.
+        nobody: what the answer means that no expert should speak.
+        made_for: the base and the experts, by digest.
+    """
+
+    labels: Mapping[str, str]
+    nobody: str
+    made_for: Mapping[str, Any]
+    reads: ClassVar[bool] = False
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts that it may let speak."""
+        return tuple(self.labels)
+
+    def check(self, model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
+        """Raise a DispatchError unless base and experts are those that it was made for."""
+        check(self.made_for, model, library)
+
+    def scores(self, model: SpectralModel, asked: Asked) -> Tensor:
+        """Return the log-probability of every label (b l), under the mixture in force; `NOBODY` is the last one."""
+        if asked.contexts is None:
+            raise DispatchError("This dispatcher asks about conversations: pass chats instead of texts or token ids.")
+        return label_scores(model, asked.contexts, {**self.labels, NOBODY: self.nobody})
+
+    def card(self) -> dict[str, Any]:
+        """Return what a file says of it."""
+        return {"labels": dict(self.labels), "nobody": self.nobody, "made_for": dict(self.made_for)}
 
 
 def labelled(names: Sequence[str], table: Tensor, why: str, abstain_below: float = 0.0) -> list[Decision]:

@@ -16,56 +16,35 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from svdexpert.decision import Asked, Decision
-from svdexpert.dispatch import NOBODY, Example, check, label_scores, labelled, meanings, question, stamp
-from svdexpert.errors import DispatchError
+from svdexpert.dispatch import NOBODY, Example, Labelling, labelled, meanings, question, stamp
 from svdexpert.expert import Expert
-from svdexpert.mixture import Bank, Mixture
+from svdexpert.mixture import Mixture
 from svdexpert.model import SpectralModel
 from svdexpert.recipe import Recipe
 from svdexpert.training import train
 
 
 @dataclass(frozen=True, eq=False)
-class Classify:
+class Classify(Labelling):
     """An expert vector labels the context.
 
     Attributes:
-        labels: what each expert is for, by name; they are the answers.
-        nobody: what the answer means that no expert should speak.
-        made_for: the base and the experts, by digest.
         offsets: of the classification expert, on the basis of that base (n).
         invocation: tokens from which it acts.
     """
 
-    labels: Mapping[str, str]
-    nobody: str
-    made_for: Mapping[str, Any]
     offsets: Tensor = field(repr=False)
     invocation: tuple[int, ...]
-    reads: ClassVar[bool] = False
     strategy: ClassVar[str] = "classify"
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the experts that it may let speak."""
-        return tuple(self.labels)
-
-    def check(self, model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
-        """Raise a DispatchError unless base and experts are those that it was made for."""
-        check(self.made_for, model, library)
 
     def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
         """Return a decision for every row: the likeliest label."""
-        if asked.contexts is None:
-            raise DispatchError("This dispatcher asks about conversations: pass chats instead of texts or token ids.")
         with model.using(Mixture(self.offsets, basis=model.basis, invocation=self.invocation)):
-            found = label_scores(model, asked.contexts, {**self.labels, NOBODY: self.nobody})
-        return labelled(self.experts, found, "asked a classification expert")
+            return labelled(self.experts, self.scores(model, asked), "asked a classification expert")
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file holds."""
-        card = {"labels": dict(self.labels), "nobody": self.nobody, "made_for": dict(self.made_for)}
-        return card | {"invocation": list(self.invocation)}, {"offsets": self.offsets}
+        return self.card() | {"invocation": list(self.invocation)}, {"offsets": self.offsets}
 
 
 def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classify:

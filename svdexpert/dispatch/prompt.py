@@ -17,58 +17,37 @@ import torch
 from torch import Tensor
 
 from svdexpert.decision import Asked, Context, Decision
-from svdexpert.dispatch import NOBODY, Example, check, label_scores, labelled, meanings, stamp
+from svdexpert.dispatch import NOBODY, Example, Labelling, label_scores, labelled, meanings, stamp
 from svdexpert.errors import DispatchError
 from svdexpert.expert import Expert
-from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
 from svdexpert.worlds import user
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class Prompt(Labelling):
     """The base labels the context.
 
     Attributes:
-        labels: what each expert is for, by name; they are the answers.
-        made_for: the base and the experts, by digest.
-        nobody: what the answer means that no expert should speak.
         prior: log-probabilities of the answers about no context (l).
     """
 
-    labels: Mapping[str, str]
-    made_for: Mapping[str, Any]
-    nobody: str
     prior: Tensor = field(repr=False)
-    reads: ClassVar[bool] = False
     strategy: ClassVar[str] = "prompt"
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the experts that it may let speak."""
-        return tuple(self.labels)
-
-    def check(self, model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
-        """Raise a DispatchError unless base and experts are those that it was made for."""
-        check(self.made_for, model, library)
 
     def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
         """Return a decision for every row: the likeliest label."""
-        if asked.contexts is None:
-            raise DispatchError("This dispatcher asks about conversations: pass chats instead of texts or token ids.")
         with model.using(None):
-            found = label_scores(model, asked.contexts, {**self.labels, NOBODY: self.nobody})
-        return labelled(self.experts, found - self.prior, "asked the base")
+            return labelled(self.experts, self.scores(model, asked) - self.prior, "asked the base")
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file holds."""
-        card = {"labels": dict(self.labels), "made_for": dict(self.made_for), "nobody": self.nobody}
-        return card, {"prior": self.prior}
+        return self.card(), {"prior": self.prior}
 
 
 def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prompt:
     """Return what was stored."""
-    return Prompt(card["labels"], card["made_for"], card["nobody"], tensors["prior"])
+    return Prompt(card["labels"], card["nobody"], card["made_for"], tensors["prior"])
 
 
 def fit(
@@ -98,4 +77,4 @@ def fit(
         prior = label_scores(model, [Context((user("..."),))], {**given, NOBODY: nobody})[0]
     if not bool(torch.isfinite(prior).all()):
         raise DispatchError("The base gives some label no probability at all: use other names for the experts.")
-    return Prompt(given, stamp(model, tuple(library), library), nobody, prior)
+    return Prompt(given, nobody, stamp(model, tuple(library), library), prior)

@@ -17,10 +17,9 @@ The folder is the registry, and `load("my_package.my_objective")` takes one from
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args, get_type_hints
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from svdexpert.errors import TrainingError, did_you_mean
+from svdexpert.registry import member, members
 
 Completions = Literal["chosen", "pair", "samples"]
 
@@ -72,7 +72,7 @@ class Objective(Protocol):
 
 def names() -> list[str]:
     """Return the names of the objectives that ship."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return members(sys.modules[__name__])
 
 
 def load(name: str) -> Objective:
@@ -81,18 +81,7 @@ def load(name: str) -> Objective:
     Raises:
         TrainingError: there is no such objective, or the module lacks a part of one.
     """
-    path = name if "." in name else f"{__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name and not path.startswith(error.name):
-            raise
-        raise TrainingError(f"There is no objective {name!r}.{did_you_mean(name, names())}") from error
-    lacking = [part for part in ("COMPLETIONS", "REFERENCE", "loss") if not hasattr(module, part)]
-    if lacking:
-        raise TrainingError(
-            f"The module {path} is no objective: it lacks {', '.join(lacking)} (see svdexpert.objectives)."
-        )
+    module = member(sys.modules[__name__], "objective", name, ("COMPLETIONS", "REFERENCE", "loss"), TrainingError)
     return cast(Objective, module)
 
 

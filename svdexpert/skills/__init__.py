@@ -16,13 +16,13 @@ The folder is the registry, and `load("my_package.my_skill")` takes a skill from
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from svdexpert.errors import SkillError, did_you_mean
+from svdexpert.errors import SkillError
+from svdexpert.registry import member, members
 from svdexpert.worlds import Message, Split, Tool, World
 
 
@@ -161,7 +161,7 @@ class Skill(Protocol):
 
 def names() -> list[str]:
     """Return the names of the skills that ship."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return members(sys.modules[__name__])
 
 
 def load(name: str) -> Skill:
@@ -170,16 +170,9 @@ def load(name: str) -> Skill:
     Raises:
         SkillError: there is no such skill, or the module lacks a part of one.
     """
-    path = name if "." in name else f"{__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name and not path.startswith(error.name):
-            raise
-        raise SkillError(f"There is no skill {name!r}.{did_you_mean(name, names())}") from error
-    lacking = [part for part in ("cases", "verify", "MOVE", "OPENINGS", "DEGENERATE") if not hasattr(module, part)]
-    if lacking:
-        raise SkillError(f"The module {path} is no skill: it lacks {', '.join(lacking)} (see svdexpert.skills).")
+    module = member(
+        sys.modules[__name__], "skill", name, ("cases", "verify", "MOVE", "OPENINGS", "DEGENERATE"), SkillError
+    )
     return cast(Skill, module)
 
 
