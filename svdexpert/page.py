@@ -57,6 +57,7 @@ img { display: block; margin: auto; max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { padding: 0.3rem 0.7rem 0.3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+td.short { white-space: nowrap; }
 pre { background: var(--card); padding: 0.8rem; overflow-x: auto; border-radius: 6px; font-size: 0.88rem; }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: 0.85rem; }
 </style>
@@ -74,8 +75,9 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: 0.85rem; }
 </figure>{% endif %}
 {% if part.head %}<div class="wide"><table>
 <thead><tr>{% for cell in part.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in part.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endif %}
+<tbody>{% for row in part.rows %}<tr>
+{% for cell in row %}<td{% if cell|length < 28 %} class="short"{% endif %}>{{ cell }}</td>{% endfor %}
+</tr>{% endfor %}</tbody></table></div>{% endif %}
 {% if part.code %}<pre>{% for line in part.code %}{{ line }}
 {% endfor %}</pre>{% endif %}
 </section>

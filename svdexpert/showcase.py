@@ -22,7 +22,8 @@ from svdexpert.worlds import result
 TITLE = "What it knows, it does"
 LEAD = (
     "A language model can know that a detail is missing, that a claim is false, which function fits, and still not act "
-    "on it. What three small vectors of offsets to its singular values change, and a router that decides who speaks:"
+    "on it. This is what three small vectors of offsets to its singular values, and a router that decides who speaks, "
+    "change in that."
 )
 FIGURES = {"knowing": "knowing_positives", "doing": "doing", "controls": "controls"}
 
@@ -144,7 +145,8 @@ def show(
             "Before and after",
             [
                 f"Held-out cases of a generated town, {n} a skill, half of them controls, in which the skill's move "
-                "would be wrong. Knowing is asked in a context of its own; bars are 95 % intervals."
+                "would be wrong. Knowing is asked in a context of its own; bars are 95 % intervals.",
+                "In the table, by mixture: knowing / doing / controls.",
             ],
             pictures["slopes"],
             "knowing, doing and controls of the base and of the dispatched experts, by skill",

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
 
 from svdexpert.page import Part, write_page
 from svdexpert.report import draw_shares, draw_turns
@@ -50,3 +56,21 @@ def test_a_page_is_whole_and_escapes_what_it_holds(tmp_path: Path) -> None:
     assert text.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium (Debian's package) is not installed")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, 1), (1280, 0), (400, 1), (400, 0)])
+def test_a_browser_shows_it(width: int, scheme: int, tmp_path: Path) -> None:
+    """By day (1) and by night (0), as wide as a desk and as a phone: paper of that colour, and ink on it."""
+    picture, shot = tmp_path / "shares.png", tmp_path / "shot.png"
+    draw_shares([[0.5]], ["a"], ["b"], picture)
+    part = Part("Heading", ["words " * 40], picture, "shares", ("x", "y"), [("1", "much " * 30)])
+    write_page(tmp_path / "page.html", "Title", "lead", [part])
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--screenshot={shot}"]
+    command += [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}"]
+    subprocess.run([*command, (tmp_path / "page.html").as_uri()], check=True, capture_output=True, timeout=120)
+    seen = imread(shot)[..., :3].mean(-1)
+    paper = float(np.median(seen))
+    assert paper > 0.9 if scheme else paper < 0.2
+    assert float(np.abs(seen - paper).max()) > 0.6
+    assert float(np.abs(seen[:, -8:] - paper).max()) < 0.05  # nothing runs over the right edge
