@@ -43,6 +43,8 @@ class Recipe:
         save_every: steps.
         accumulate: parts that a step is computed in. Each has rows of similar length, so that little is padded, which
             saves time on a CPU (LOG.md).
+        contexts: GiB for what the base makes of contexts, kept so that each is read once; 0 for none. Activated experts
+            alone have it.
         precision: as in Lightning.
         gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
         seed: of every draw, at least 0.
@@ -72,6 +74,7 @@ class Recipe:
     score_cases: int = 200
     save_every: int = 25
     accumulate: int = 1
+    contexts: float = 1.0
     precision: Precision = "32-true"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -94,8 +97,9 @@ class Recipe:
         for name in ("learning_rate", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise TrainingError(f"{name} is {getattr(self, name)}; expected a number above 0.")
-        if not (math.isfinite(self.penalty) and self.penalty >= 0):
-            raise TrainingError(f"penalty is {self.penalty}; expected a number of at least 0.")
+        for name in ("penalty", "contexts"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise TrainingError(f"{name} is {getattr(self, name)}; expected a number of at least 0.")
         for name in ("mixing", "neutral"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1.")

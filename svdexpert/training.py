@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader
 
 from svdexpert import objectives
 from svdexpert.batches import Neutral, Plan, Row, Steps
-from svdexpert.completions import Batch, log_probabilities, logits, prefill, sample
+from svdexpert.completions import Batch, Contexts, log_probabilities, logits, sample
 from svdexpert.conversation import Prompt, answers, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
 from svdexpert.errors import SvdExpertError, TooLongError, TrainingError
 from svdexpert.evaluate import KNOWING_TOKENS, act, measure
@@ -129,6 +129,7 @@ class ExpertModule(lightning.LightningModule):
         super().__init__()
         self.model, self.tasks, self.recipe, self.folder = model, tasks, recipe, folder
         self.invocation = invocation
+        self.contexts = Contexts(model, invocation, recipe.contexts * 2**30)
         self.objective = objectives.load(objective)
         self.settings = objectives.settings_of(self.objective, recipe.settings, recipe.samples)
         examples = [task.examples for task in tasks]
@@ -272,7 +273,7 @@ class ExpertModule(lightning.LightningModule):
         if self.objective.COMPLETIONS == "samples":
             completions, rewards = self.samples(rows, mixture)
         batch, base = self.batch(rows, completions), None
-        before = prefill(self.model, batch, self.invocation)
+        before = self.contexts.before(batch)
         if self.objective.REFERENCE:
             with torch.no_grad():
                 base = log_probabilities(logits(self.model, None, batch, before), batch)
@@ -285,7 +286,7 @@ class ExpertModule(lightning.LightningModule):
     def neutral_loss(self, rows: Sequence[Row]) -> Tensor:
         """Return KL(target || mixture) of every row (b), in nats a token of the base's reply."""
         batch = self.batch(rows, [row.completions for row in rows])
-        targets, before = [row.target or [] for row in rows], prefill(self.model, batch, self.invocation)
+        targets, before = [row.target or [] for row in rows], self.contexts.before(batch)
         with torch.no_grad():
             target = self.mixture(targets) if any(map(any, targets)) else None
             fixed = logits(self.model, target, batch, before).float().log_softmax(-1)

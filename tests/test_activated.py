@@ -22,7 +22,7 @@ from svdexpert import (
     export_lora,
     merge,
 )
-from svdexpert.completions import Batch, log_probabilities, logits, prefill, sample
+from svdexpert.completions import Batch, Contexts, log_probabilities, logits, prefill, sample
 from svdexpert.conversation import Prompt, answers, invocation_of
 from svdexpert.layers import active_in
 
@@ -118,6 +118,31 @@ def test_one_context_serves_every_mixture(model: SpectralModel, rows: Tensor) ->
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(before.layers, kept, strict=True))
     base = log_probabilities(logits(model, None, batch, before), batch)
     torch.testing.assert_close(base, log_probabilities(logits(model, None, batch), batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_context_is_read_once_and_alone(name: str, attached: Attach, rows: Tensor) -> None:
+    """Kept contexts give what reading them together gives, in any batch, and the same bits every time."""
+    model = attached(name)
+    prompts = [[*row[: 3 * place + 2].tolist(), *OPENS] for place, row in enumerate(rows)]
+    contexts = Contexts(model, OPENS, 2**20)
+    expert = activated(model)
+
+    def scored(some: list[list[int]], before: object) -> Tensor:
+        batch = Batch.of(some, [[[5, 6, 2], [7, 2]]] * len(some), torch.device("cpu"))
+        cache = contexts.before(batch) if before is contexts else before
+        with torch.no_grad():
+            return log_probabilities(logits(model, model.mixture(expert), batch, cache), batch)  # type: ignore[arg-type]
+
+    first, together = scored(prompts, contexts), scored(prompts, None)
+    if contexts.able:
+        assert len(contexts.kept) == len(prompts)
+    torch.testing.assert_close(first, together, atol=1e-4, rtol=1e-4)
+    assert torch.equal(scored(prompts, contexts), first)
+    torch.testing.assert_close(scored(prompts[::-1][:2], contexts), first[[3, 2]], atol=1e-4, rtol=1e-4)
+    full = Contexts(model, OPENS, 0)
+    full.before(Batch.of(prompts, [[[2]]] * 4, torch.device("cpu")))
+    assert not full.kept
 
 
 def test_evaluation_and_sampling_read_contexts_as_the_base(
