@@ -74,8 +74,8 @@ class Asked:
         contexts: what they say (b); None where the caller passed texts or token ids.
         ids: (b t), padded on the left.
         seen: 1 where a token stands (b t).
-        state: what the base's last layer makes of their last token, where it hands over to the output head (b d);
-            None for a dispatcher that does not read it.
+        state: what the base has in mind at their last token, as it enters the last layer and the output head, side by
+            side (b d); None for a dispatcher that does not read it.
     """
 
     contexts: Sequence[Context] | None
