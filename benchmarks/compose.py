@@ -1,6 +1,6 @@
 """Composition: experts trained apart against experts trained to compose, alone and added up.
 
-    python -m benchmarks.compose [--seeds 3] [--n 500]
+    python -m benchmarks.compose [--seeds 3] [--n 500] [--workers 2]
 
 Every finished run is one row of benchmarks/results/compose.json; rows that are there are not run again. A loss is the
 largest fall of doing, controls or knowing of any skill, on held-out cases, mean over seeds.
@@ -8,13 +8,13 @@ largest fall of doing, controls or knowing of any skill, on held-out cases, mean
     sum_loss_max        from an expert alone to the plain sum of the three, trained in one batch
     apart_sum_loss_max  the same, trained apart
     lora_sum_loss_max   the same of LoRA adapters of rank 4, trained in one batch with the same mixture dropout and
-                        neutral rows, at the best of RATES in validation with seed 0
-    without_            the first, trained without mixture dropout or without neutral rows, one seed
+                        neutral rows, activated as ours are, at the best of RATES in validation with seed 0
+    without_            the first, trained without mixture dropout, neutral rows or the penalty, one seed
     sum8_loss_max       of eight experts (benchmarks/parts), one seed
     off_skill_max       that one expert of the library causes in another skill
     added_old_max       of the three, by adding a fourth that was trained against them
     added_new_loss      of the fourth in that sum, from its like trained alone
-    seconds_library     from cases to three finished experts
+    seconds_library     from cases to three finished experts, alone on the machine, on all its threads
     alone_, sum_        doing and controls, means over skills and seeds, of an expert alone and of the sum
 """
 
@@ -28,14 +28,27 @@ from typing import Any
 
 import yaml
 
-from benchmarks.grid import Grid, draw, losses, mean, right, scores
+from benchmarks.grid import (
+    MEASURES,
+    Bench,
+    Grid,
+    Job,
+    Shares,
+    added,
+    base_row,
+    bench,
+    harbor,
+    library_of,
+    losses,
+    mean,
+    shares,
+)
 from benchmarks.lora_bank import LoraBank, train_bank
-from benchmarks.objectives import CONFIGS, harbor
-from svdexpert import Expert, Recipe, SpectralModel, train, train_library, worlds
+from benchmarks.objectives import CONFIGS
+from svdexpert import Recipe, train, train_library, worlds
 from svdexpert.cli import run_command
-from svdexpert.evaluate import FAMILIES, SkillResult, measure
+from svdexpert.evaluate import FAMILIES
 from svdexpert.skills import Case, load
-from svdexpert.worlds import World
 
 FOURTH = "benchmarks.parts.call_home"
 PARTS = tuple(
@@ -59,6 +72,7 @@ LOSSES = {
     "eight": "sum8_loss_max",
     "without mixing": "without_mixing_sum_loss_max",
     "without neutral": "without_neutral_sum_loss_max",
+    "without penalty": "without_penalty_sum_loss_max",
 }
 """What a run of a kind is reported as."""
 BARS: dict[str, tuple[str, float]] = {
@@ -80,106 +94,96 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(**(CONFIG.get("recipe", {}) | {"score_cases": 0, "validation_cases": 0} | changes))
 
 
-def fall_of_lora(
-    model: SpectralModel, town: World, cases: Mapping[str, list[Case]] | None, seed: int, rate: float
+def fall(
+    on: Bench,
+    alone: Mapping[str, Any],
+    together: Any,
+    cases: Mapping[str, Sequence[Case]] | None = None,
+    speaker: Any = None,
 ) -> dict[str, Any]:
-    """Train three LoRA adapters as a library is; measure in validation, or alone and added up where cases are given."""
-    bank = LoraBank(model, rank=4)
+    """Return by how much each skill falls from its expert alone to a sum, and what both reach."""
+    some = on.cases if cases is None else cases
+    before: dict[str, Any] = {}
+    for name, drawn in some.items():
+        before |= shares(on.scores(alone[name], {name: drawn}, speaker=speaker))
+    after = shares(on.scores(together, some, speaker=speaker))
+    return losses(before, after, list(some)) | {"alone": before, "sum": after}
+
+
+def library(seed: int, n: int, base: Shares, **changes: Any) -> dict[str, Any]:
+    """Train three experts in one batch; measure each alone, on the others' skills, and all in a sum."""
+    on = bench(n)
+    found = library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=seed, **changes))
+    off = {}
+    for name, expert in found.items():
+        others = {key: some for key, some in on.cases.items() if key != name}
+        off[name] = losses(base, shares(on.scores(expert, others)), list(others))
+    return {"off_skill": off, **fall(on, found, added(found.values()))}
+
+
+def apart(seed: int, n: int) -> dict[str, Any]:
+    """Train three experts apart, and measure their sum."""
+    on, of = bench(n), {"recipe": recipe(seed=seed, mixing=0.0), "progress": False}
+    found = {name: train(on.model, name, OBJECTIVE, world=on.town, **of) for name in FAMILIES}
+    return fall(on, found, added(found.values()))
+
+
+def joined(seed: int, n: int, three: Shares) -> dict[str, Any]:
+    """Train a fourth expert against a library of three; measure what it costs these, and itself."""
+    on = bench(n)
+    old = library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=seed))
+    of: dict[str, Any] = {"recipe": recipe(seed=seed), "world": on.town, "progress": False}
+    new = train(on.model, FOURTH, OBJECTIVE, against=old, **of)
+    solo = train(on.model, FOURTH, OBJECTIVE, **of)
+    four = added([*old.values(), new])
+    some = {FOURTH: load(FOURTH).cases(on.town, "heldout", 2 * (n // 4), seed=0)}
+    alone, beside = (shares(on.scores(one, some)) for one in (solo, four))
+    return {"old": losses(three, shares(on.scores(four)), FAMILIES), "new": losses(alone, beside, [FOURTH])}
+
+
+def eight(seed: int, n: int) -> dict[str, Any]:
+    """Train eight experts in one batch, and measure their sum."""
+    on = bench(n)
+    found = library_of(on.model, PARTS, OBJECTIVE, recipe(seed=seed))
+    cases = {name: load(name).cases(on.town, "heldout", 2 * (n // 8), seed=0) for name in PARTS}
+    by_path = {path: found[path.rpartition(".")[2]] for path in PARTS}
+    return fall(on, by_path, added(found.values()), cases)
+
+
+def of_lora(seed: int, n: int, rate: float, *, validation: bool) -> dict[str, Any]:
+    """Train three LoRA adapters as a library is; measure their sum in validation, or alone and added up."""
+    on = bench(n)
+    bank = LoraBank(on.model, rank=4)
     try:
-        some = train_bank(bank, FAMILIES, OBJECTIVE, recipe(seed=seed, learning_rate=rate), town)
-        if cases is None:
-            drawn = draw(town, "validation", 200, seed)
-            shares = [right(bank, name, drawn[name], some[""]) for name in FAMILIES]  # type: ignore[arg-type]
-            return {"validation": fmean(shares)}
-        return fall(bank, cases, some, some[""])  # type: ignore[arg-type]
+        how = recipe(seed=seed, learning_rate=rate)
+        some = train_bank(bank, FAMILIES, OBJECTIVE, how, on.town, on.contexts)
+        if validation:
+            return {"validation": fmean(on.right(name, seed, some[""], bank) for name in FAMILIES)}
+        return {"rate": rate} | fall(on, some, some[""], speaker=bank)
     finally:
         bank.close()
 
 
-def added(experts: Sequence[Expert]) -> Expert:
-    """Return the plain sum."""
-    total = experts[0]
-    for one in experts[1:]:
-        total = total + one
-    return total
-
-
-def fall(
-    model: SpectralModel, cases: Mapping[str, Sequence[Case]], alone: Mapping[str, Any], together: Any
-) -> dict[str, Any]:
-    """Return by how much each skill falls from its expert alone to a sum, and what both reach."""
-    before: dict[str, SkillResult] = {}
-    after: dict[str, SkillResult] = {}
-    for name, some in cases.items():
-        before[name] = measure(model, name, some, experts=alone[name], progress=False)
-        after[name] = measure(model, name, some, experts=together, progress=False)
-    reached = {
-        f"{when}_{measured}_{name}": result.figures[measured].value
-        for when, results in (("alone", before), ("sum", after))
-        for name, result in results.items()
-        for measured in ("doing", "controls", "knowing")
-    }
-    return losses(before, after, list(cases)) | {"reached": reached}
-
-
-def library(
-    model: SpectralModel, town: World, cases: Mapping[str, list[Case]], seed: int, **changes: Any
-) -> dict[str, Any]:
-    """Train three experts in one batch; measure each alone, on the others' skills, and all in a sum."""
+def timed() -> dict[str, Any]:
+    """Train a library of three, from cases on, and return how long it took."""
+    model, town = harbor(), worlds.load("town")
     started = time.perf_counter()
-    found = train_library(model, FAMILIES, OBJECTIVE, recipe=recipe(seed=seed, **changes), world=town, progress=False)
-    seconds = time.perf_counter() - started
-    base = scores(model, cases, None)
-    off = {}
-    for name, expert in found.items():
-        others = {key: some for key, some in cases.items() if key != name}
-        off[name] = losses(base, scores(model, others, expert), list(others))
-    return {"seconds": seconds, "off_skill": off, **fall(model, cases, found, added(list(found.values())))}
-
-
-def apart(model: SpectralModel, town: World, cases: Mapping[str, list[Case]], seed: int) -> dict[str, Any]:
-    """Train three experts apart, and measure their sum."""
-    of = {"recipe": recipe(seed=seed, mixing=0.0), "world": town, "progress": False}
-    found = {name: train(model, name, OBJECTIVE, **of) for name in FAMILIES}
-    return fall(model, cases, found, added(list(found.values())))
-
-
-def joined(model: SpectralModel, town: World, cases: Mapping[str, list[Case]], n: int, seed: int) -> dict[str, Any]:
-    """Train three experts, then a fourth against them; measure what it costs the three, and itself."""
-    of: dict[str, Any] = {"recipe": recipe(seed=seed), "world": town, "progress": False}
-    old = train_library(model, FAMILIES, OBJECTIVE, **of)
-    new = train(model, FOURTH, OBJECTIVE, against=old, **of)
-    solo = train(model, FOURTH, OBJECTIVE, **of)
-    three, four = added(list(old.values())), added([*old.values(), new])
-    before = {name: measure(model, name, some, experts=three, progress=False) for name, some in cases.items()}
-    after = {name: measure(model, name, some, experts=four, progress=False) for name, some in cases.items()}
-    some = load(FOURTH).cases(town, "heldout", 2 * (n // 4), seed=0)
-    alone = {FOURTH: measure(model, FOURTH, some, experts=solo, progress=False)}
-    beside = {FOURTH: measure(model, FOURTH, some, experts=four, progress=False)}
-    return {"old": losses(before, after, list(cases)), "new": losses(alone, beside, [FOURTH])}
-
-
-def eight(model: SpectralModel, town: World, n: int, seed: int) -> dict[str, Any]:
-    """Train eight experts in one batch, and measure their sum."""
-    found = train_library(model, PARTS, OBJECTIVE, recipe=recipe(seed=seed), world=town, progress=False)
-    cases = {name: load(name).cases(town, "heldout", 2 * (n // 8), seed=0) for name in PARTS}
-    by_path = {path: found[path.rpartition(".")[2]] for path in PARTS}
-    return fall(model, cases, by_path, added(list(found.values())))
+    train_library(model, FAMILIES, OBJECTIVE, recipe=recipe(), world=town, progress=False)
+    return {"seconds": time.perf_counter() - started}
 
 
 def figures(grid: Grid) -> dict[str, float]:
     """Return the figures of finished runs."""
     found: dict[str, float] = {}
     for kind, name in LOSSES.items():
-        rows = [row for row in grid.find(kind=kind) if "reached" in row]
-        keys = [key for key in (rows[0] if rows else {}) if key.startswith(("doing_", "controls_", "knowing_"))]
+        rows = [row for row in grid.find(kind=kind) if "sum" in row]
+        keys = [key for key in (rows[0] if rows else {}) if key.startswith(tuple(f"{one}_" for one in MEASURES))]
         found[name] = max((mean(rows, key) for key in keys), default=math.nan)
-        reached = [row["reached"] for row in rows]
-        for measured in (f"{when}_{what}_" for when in ("alone", "sum") for what in ("doing", "controls", "knowing")):
-            some = [mean(reached, key) for key in (reached[0] if reached else ()) if key.startswith(measured)]
-            found[f"{measured}{kind}"] = fmean(some) if some else math.nan
+        for when in ("alone", "sum") if rows else ():
+            for key in MEASURES:
+                found[f"{when}_{key}_{kind}"] = fmean(one[key] for row in rows for one in row[when].values())
     rows = grid.find(kind="library")
-    found["seconds_library"] = mean(rows, "seconds")
+    found["seconds_library"] = mean(grid.find(kind="seconds"), "seconds")
     off = [
         mean([row["off_skill"][name] for row in rows], key)
         for name in FAMILIES
@@ -194,32 +198,34 @@ def figures(grid: Grid) -> dict[str, float]:
     return found
 
 
-def main(seeds: int = 3, n: int = 500) -> None:
+def main(seeds: int = 3, n: int = 500, workers: int = 2) -> None:
     """Run what has not been run, and print the table.
 
     Args:
         seeds: of training.
         n: held-out cases a skill, even.
+        workers: processes of one thread that share the runs.
     """
-    grid = Grid.open("compose", BARS)
-    town, model = worlds.load("town"), harbor()
-    cases = draw(town, "heldout", n)
-    for seed in range(seeds):
-        grid.once({"kind": "library", "seed": seed, "n": n}, lambda seed=seed: library(model, town, cases, seed))
-        grid.once({"kind": "apart", "seed": seed, "n": n}, lambda seed=seed: apart(model, town, cases, seed))
-        grid.once({"kind": "joined", "seed": seed, "n": n}, lambda seed=seed: joined(model, town, cases, n, seed))
-        grid.write(figures(grid))
-    for without in ("mixing", "neutral"):
-        wanted = {"kind": f"without {without}", "seed": 0, "n": n}
-        grid.once(wanted, lambda without=without: library(model, town, cases, 0, **{without: 0.0}))
-    for rate in RATES:
-        wanted = {"kind": "lora", "seed": 0, "rate": rate}
-        grid.once(wanted, lambda rate=rate: fall_of_lora(model, town, None, 0, rate))
-    rate = max(grid.find(kind="lora", n=None), key=lambda row: row["validation"])["run"]["rate"]
-    for seed in range(seeds):
-        wanted = {"kind": "lora", "seed": seed, "n": n}
-        grid.once(wanted, lambda seed=seed: {"rate": rate} | fall_of_lora(model, town, cases, seed, rate))
-    grid.once({"kind": "eight", "seed": 0, "n": n}, lambda: eight(model, town, n, 0))
+    grid, every = Grid.open("compose", BARS), range(seeds)
+    base = grid.once({"kind": "base", "n": n}, base_row, n=n, sgd=None)["scores"]
+
+    def job(kind: str, make: Any, seed: int, **given: Any) -> Job:
+        return Job({"kind": kind, "seed": seed, "n": n}, make, {"seed": seed, "n": n, **given})
+
+    grid.all([job("library", library, seed, base=base) for seed in every], workers)
+    threes = {seed: grid.find(kind="library", seed=seed, n=n)[0]["sum"] for seed in every}
+    rates = [
+        Job({"kind": "lora", "seed": 0, "rate": rate}, of_lora, {"seed": 0, "n": n, "rate": rate, "validation": True})
+        for rate in RATES
+    ]
+    jobs = [job("apart", apart, seed) for seed in every]
+    jobs += [job("joined", joined, seed, three=threes[seed]) for seed in every]
+    jobs += [job(f"without {one}", library, 0, base=base, **{one: 0.0}) for one in ("mixing", "neutral", "penalty")]
+    grid.all([*jobs, job("eight", eight, 0), *rates], workers)
+    tried = [row for row in grid.find(kind="lora", seed=0) if "validation" in row]
+    rate = max(tried, key=lambda row: row["validation"])["run"]["rate"]
+    grid.all([job("lora", of_lora, seed, rate=rate, validation=False) for seed in every], workers)
+    grid.once({"kind": "seconds"}, timed)
     found = figures(grid)
     grid.write(found)
     grid.show(found)

@@ -1,6 +1,8 @@
 """A results file that grows by one row a finished run, and what every run of it is measured by.
 
-A run that is there is not run again, so that a benchmark of hours can be stopped and goes on.
+A run that is there is not run again, so that a benchmark of hours can be stopped and goes on. Runs of one kind share
+out over processes of one thread each: on two cores these do more than one process with two threads. What is timed runs
+alone, on all cores.
 """
 
 from __future__ import annotations
@@ -8,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.provenance import commit, machine, versions
-from svdexpert import SpectralModel
-from svdexpert.conversation import render, tokenizer_of
+from svdexpert import Expert, Recipe, SpectralModel, train_library, worlds
+from svdexpert.conversation import Prompt, answers, completion, invocation_of, prompt_of, tokenizer_of, turn_ends
 from svdexpert.evaluate import FAMILIES, SkillResult, act, measure
-from svdexpert.mixture import Blend
+from svdexpert.forward import Contexts
 from svdexpert.model import check_base
 from svdexpert.skills import Case, load
 from svdexpert.storage import whole_file
@@ -31,6 +36,26 @@ from svdexpert.worlds import World
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "lightning", "peft", "trl")
 MEASURES = ("doing", "controls", "knowing")
+RUNS = Path(__file__).parent.parent / "runs" / "benchmarks"
+"""Where libraries are kept that several benchmarks measure."""
+
+Shares = Mapping[str, Mapping[str, float]]
+"""By skill: doing, controls and knowing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a grid.
+
+    Attributes:
+        run: which one it is.
+        make: a function of a module, called in some process.
+        given: its arguments.
+    """
+
+    run: Mapping[str, Any]
+    make: Callable[..., Mapping[str, Any]]
+    given: Mapping[str, Any]
 
 
 @dataclass
@@ -61,16 +86,37 @@ class Grid:
         """Return the rows whose run has these values."""
         return [row for row in self.rows if all(row["run"].get(key) == value for key, value in run.items())]
 
-    def once(self, run: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def once(self, run: Mapping[str, Any], make: Callable[..., Mapping[str, Any]], **given: Any) -> dict[str, Any]:
         """Return the row of a run: the one that is there, or what `make` returns, which is kept."""
-        found = [row for row in self.rows if row["run"] == dict(run)]
-        if found:
-            return found[0]
-        print(", ".join(f"{key} {value}" for key, value in run.items()), flush=True)
-        row = {"run": dict(run), **make(), "weights": weights(), "commit": commit()}
-        self.rows.append(row)
+        self.all([Job(run, make, given)], workers=0)
+        return self.find(**run)[0]
+
+    def all(self, jobs: Iterable[Job], workers: int) -> None:
+        """Run those jobs that have no row yet, and keep what each returns as soon as it has ended.
+
+        Args:
+            jobs: that do not depend on one another.
+            workers: processes of one thread; with 0 they run here, one after the other, on all threads.
+        """
+        due = [job for job in jobs if not any(row["run"] == dict(job.run) for row in self.rows)]
+        if not workers:
+            for job in due:
+                self._keep(job, job.make(**job.given))
+            return
+        fresh = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running = {pool.submit(job.make, **job.given): job for job in due}
+            try:
+                for done in as_completed(running):
+                    self._keep(running[done], done.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _keep(self, job: Job, found: Mapping[str, Any]) -> None:
+        print(", ".join(f"{key} {value}" for key, value in job.run.items()), flush=True)
+        self.rows.append({"run": dict(job.run), **found, "weights": weights(), "commit": commit()})
         self.write(self.figures)
-        return row
 
     def write(self, figures: Mapping[str, float]) -> None:
         """Write rows, figures and bars."""
@@ -108,24 +154,6 @@ def mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return fmean(values) if values else math.nan
 
 
-def scores(
-    model: SpectralModel, cases: Mapping[str, Sequence[Case]], experts: Blend, library: Any = None
-) -> dict[str, SkillResult]:
-    """Return what a mixture knows and does of every skill."""
-    return {
-        name: measure(model, name, some, experts=experts, library=library, progress=False)
-        for name, some in cases.items()
-    }
-
-
-def right(model: SpectralModel, skill: str, cases: Sequence[Case], experts: Blend) -> float:
-    """Return the mean of doing and controls, without asking what the model knows."""
-    with model.using(experts):
-        replies = act(model, cases, progress=False)
-    verify = load(skill).verify
-    return fmean(verify(case, reply).right for case, reply in zip(cases, replies, strict=True))
-
-
 def estimates(result: SkillResult) -> dict[str, list[float]]:
     """Return the figures of a result as value, lower and upper end."""
     return {
@@ -135,14 +163,18 @@ def estimates(result: SkillResult) -> dict[str, list[float]]:
     }
 
 
-def losses(before: Mapping[str, SkillResult], after: Mapping[str, SkillResult], names: Sequence[str]) -> dict[str, Any]:
-    """Return by how much doing, controls and knowing of skills fell, the largest fall last."""
-    found: dict[str, Any] = {
-        f"{measured}_{name}": before[name].figures[measured].value - after[name].figures[measured].value
-        for name in names
-        for measured in MEASURES
+def shares(results: Mapping[str, SkillResult]) -> dict[str, dict[str, float]]:
+    """Return what counts of results."""
+    return {
+        name: {key: round(result.figures[key].value, 4) for key in MEASURES if key in result.figures}
+        for name, result in results.items()
     }
-    return {key: round(value, 4) for key, value in found.items()} | {"max": round(max(found.values()), 4)}
+
+
+def losses(before: Shares, after: Shares, names: Sequence[str]) -> dict[str, float]:
+    """Return by how much doing, controls and knowing of skills fell, the largest fall last."""
+    found = {f"{key}_{name}": round(before[name][key] - after[name][key], 4) for name in names for key in MEASURES}
+    return found | {"max": max(found.values())}
 
 
 def draw(world: World, split: str, n: int, seed: int = 0) -> dict[str, list[Case]]:
@@ -150,14 +182,113 @@ def draw(world: World, split: str, n: int, seed: int = 0) -> dict[str, list[Case
     return {name: load(name).cases(world, split, n, seed=seed) for name in FAMILIES}  # type: ignore[arg-type]
 
 
-@torch.inference_mode()
-def perplexity(model: SpectralModel, world: World, experts: Blend, n: int = 64, library: Any = None) -> float:
-    """Return the perplexity of whole held-out dialogues under a mixture."""
-    tokenizer, total, tokens = tokenizer_of(model), 0.0, 0
-    with model.using(experts, library):
-        for one in world.dialogues("heldout", n):
-            ids = torch.tensor([render(tokenizer, one.messages, one.tools)[:1024]])
-            found = model.logits(ids)[0, :-1].float().log_softmax(-1)
-            total -= float(found.gather(-1, ids[0, 1:, None]).sum())
-            tokens += ids.shape[1] - 1
-    return math.exp(total / tokens)
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What a process measures with; what the base makes of a context is kept for all mixtures.
+
+    Attributes:
+        model: harbor, attached.
+        town: where cases come from.
+        cases: held-out, by skill.
+        real: held-out cases of real dialogues, if there are any.
+        contexts: keeps what was read.
+    """
+
+    model: SpectralModel
+    town: World
+    cases: Mapping[str, list[Case]]
+    real: Mapping[str, list[Case]] | None
+    contexts: Contexts
+
+    def scores(
+        self,
+        experts: Any,
+        cases: Mapping[str, Sequence[Case]] | None = None,
+        *,
+        speaker: Any = None,
+        library: Any = None,
+    ) -> dict[str, SkillResult]:
+        """Return what a mixture knows and does: of the held-out cases, or of others.
+
+        Args:
+            experts: the mixture.
+            cases: by skill; a name is that of a module too.
+            speaker: an adapted harbor in the model's place.
+            library: where names are looked up.
+        """
+        how: dict[str, Any] = {"experts": experts, "library": library, "progress": False, "contexts": self.contexts}
+        some = self.cases if cases is None else cases
+        return {name: measure(speaker or self.model, name, drawn, **how) for name, drawn in some.items()}
+
+    def right(self, skill: str, seed: int, experts: Any, speaker: Any = None) -> float:
+        """Return the mean of doing and controls on 200 cases of validation."""
+        cases = draw(self.town, "validation", 200, seed)[skill]
+        one = speaker or self.model
+        with one.using(experts):
+            replies = act(one, cases, progress=False, contexts=self.contexts)
+        verify = load(skill).verify
+        return fmean(verify(case, reply).right for case, reply in zip(cases, replies, strict=True))
+
+    def nats(self, experts: Any, speaker: Any = None) -> float:
+        """Return the mean negative log-likelihood of a token of what is replied in held-out dialogues, in nats."""
+        one = speaker or self.model
+        with one.using(experts):
+            given = answers(one, self._replies, set(), "", batch_size=32, progress=False, contexts=self.contexts)
+        return -fmean(token for answer in given for token in answer.scores[0])
+
+    @cached_property
+    def _replies(self) -> list[Prompt]:
+        """Replies of 64 held-out dialogues, each behind its context."""
+        tokenizer, (end, _) = tokenizer_of(self.model), turn_ends(self.model)
+        found = []
+        for talk in self.town.dialogues("heldout", 64):
+            for place, message in enumerate(talk.messages):
+                if place and message["role"] == "assistant":
+                    before = list(talk.messages[:place])
+                    reply = completion(tokenizer, before, talk.tools, message, end)
+                    ids = prompt_of(self.model, before, list(talk.tools), [], len(reply)).ids
+                    found.append(Prompt(ids, [reply], 0))
+        return found
+
+
+def harbor(**basis: Any) -> SpectralModel:
+    """Return harbor, attached."""
+    return SpectralModel.from_pretrained("harbor", dtype="float32", progress=False, **basis)
+
+
+@lru_cache(maxsize=1)
+def bench(n: int, sgd: str | None = None) -> Bench:
+    """Return what this process measures with.
+
+    Args:
+        n: held-out cases a skill.
+        sgd: folder of the Schema-Guided Dialogue data, of which 300 cases a skill are measured too.
+    """
+    model, town = harbor(), worlds.load("town")
+    real = None if sgd is None else draw(worlds.load("sgd", sgd), "heldout", 300)
+    return Bench(model, town, draw(town, "heldout", n), real, Contexts(model, invocation_of(model), 8.0))
+
+
+def base_row(n: int, sgd: str | None) -> dict[str, Any]:
+    """Return what the base does."""
+    on = bench(n, sgd)
+    found: dict[str, Any] = {"scores": shares(on.scores(None)), "nats": on.nats(None)}
+    if on.real is not None:
+        found["sgd"] = shares(on.scores(None, on.real))
+    return found
+
+
+def library_of(model: SpectralModel, skills: Sequence[str], objective: str, recipe: Recipe) -> dict[str, Expert]:
+    """Return experts trained in one batch in the town; they are kept, and trained once for all benchmarks."""
+    asked = json.dumps([list(skills), objective, asdict(recipe), weights(), str(model.basis.key)], sort_keys=True)
+    out = RUNS / hashlib.sha256(asked.encode()).hexdigest()[:12]
+    town = worlds.load("town")
+    return train_library(model, skills, objective, recipe=recipe, world=town, out=out, progress=False)
+
+
+def added(experts: Iterable[Expert]) -> Expert:
+    """Return the plain sum."""
+    first, *rest = experts
+    for one in rest:
+        first = first + one
+    return first

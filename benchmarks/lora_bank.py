@@ -2,7 +2,8 @@
 
     y = W x + sum_e a[row, e] B_e A_e x        A_e (r i), B_e (o r), alpha = r
 
-A mixture of rows is computed adapter by adapter, so its cost grows with their number.
+A mixture of rows is computed adapter by adapter, so its cost grows with their number. Behind contexts that the base has
+read, the adapters act from the reply on, as our experts do (aLoRA).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from svdexpert import Recipe, SpectralModel
 from svdexpert.batches import Neutral
+from svdexpert.forward import Contexts
 from svdexpert.layers import Scope
 from svdexpert.training import ExpertModule, Run, Task, fit, trainer_of
 from svdexpert.worlds import World
@@ -111,8 +113,10 @@ class LoraModule(ExpertModule):
         recipe: Recipe,
         neutrals: Sequence[Neutral],
         folder: Path,
+        contexts: Contexts,
     ) -> None:
-        super().__init__(bank.spectral, tasks, {}, objective, recipe, neutrals, folder)
+        how: dict[str, Any] = {"invocation": contexts.invocation, "contexts": contexts}
+        super().__init__(bank.spectral, tasks, {}, objective, recipe, neutrals, folder, **how)
         self.model = cast(SpectralModel, bank)
         self.offsets = nn.Parameter(bank.fresh(len(tasks), recipe.seed))
         self.frozen, self.scale = torch.zeros(0, bank.size), torch.zeros(bank.size)
@@ -122,7 +126,7 @@ class LoraModule(ExpertModule):
 
 
 def train_bank(
-    bank: LoraBank, skills: Sequence[str], objective: str, recipe: Recipe, world: World
+    bank: LoraBank, skills: Sequence[str], objective: str, recipe: Recipe, world: World, contexts: Contexts
 ) -> Mapping[str, LoraMixture]:
     """Return an adapter for every skill, and their sum under "", trained in one batch as our libraries are."""
     run = Run(
@@ -135,9 +139,10 @@ def train_bank(
         out=None,
         progress=False,
     )
-    tasks = run.tasks()
+    tasks = run.tasks(contexts)
     with TemporaryDirectory() as folder:
-        module = LoraModule(bank, tasks, objective, recipe, run.neutrals(tasks), Path(folder))
+        neutrals = run.neutrals(tasks, contexts)
+        module = LoraModule(bank, tasks, objective, recipe, neutrals, Path(folder), contexts)
         fit(module, trainer_of(Path(folder), recipe, {}, progress=False), Path(folder))
     numbers, alone = module.offsets.detach(), torch.eye(len(tasks))
     found = {task.name: LoraMixture(alone[place : place + 1], numbers) for place, task in enumerate(tasks)}

@@ -1,6 +1,6 @@
 """Objectives: what each makes of a skill on harbor, and what that costs.
 
-    python -m benchmarks.objectives [--seeds 3] [--n 500] [--sgd PATH] [--explore]
+    python -m benchmarks.objectives [--seeds 3] [--n 500] [--sgd PATH] [--explore] [--workers 2]
 
 The grid is three skills x (sft, dpo) and two skills x rloo, by seeds; the best objective of a skill is chosen on the
 validation split and reported on the held-out one. Every finished run is one row of benchmarks/results/objectives.json;
@@ -10,8 +10,9 @@ core: exploratory, n = 200.
     best_doing_, best_controls_, best_knowing_change_   of the best objective, mean over seeds
     doing_, controls_                                   of every objective; base_doing_, base_controls_ without experts
     off_skill_max      largest fall of another skill's doing, controls or knowing, any objective's mean over seeds
-    drift_             perplexity of held-out dialogues, over the base's
-    seconds_           from cases to a finished expert, without its final scores
+    drift_             change of the negative log-likelihood of replies in held-out dialogues, nats a token: the
+                       logarithm of the ratio of perplexities
+    seconds_           from cases to a finished expert, without its scores: alone on the machine, on all its threads
     numbers, checkpoint_bytes
 """
 
@@ -20,20 +21,17 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.grid import Grid, draw, estimates, losses, mean, perplexity, scores
-from svdexpert import Recipe, SpectralModel, train, worlds
+from benchmarks.grid import Grid, Job, base_row, bench, draw, estimates, harbor, losses, mean, shares
+from svdexpert import Recipe, train, worlds
 from svdexpert.cli import run_command
 from svdexpert.conversation import render, tokenizer_of
-from svdexpert.evaluate import FAMILIES, SkillResult
-from svdexpert.skills import Case
-from svdexpert.worlds import World
+from svdexpert.evaluate import FAMILIES, measure
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "train"
 RUNS = [(objective, skill) for objective in ("sft", "dpo") for skill in FAMILIES]
@@ -56,94 +54,73 @@ def recipe_of(skill: str, objective: str, **changes: Any) -> Recipe:
     return Recipe(**(config.get("recipe", {}) | changes))
 
 
-@dataclass(frozen=True)
-class Base:
-    """What every run starts from and is measured against.
-
-    Attributes:
-        model: harbor, attached.
-        town: where cases come from.
-        cases: held-out, by skill.
-        scores: of the base on them.
-        perplexity: of the base on held-out dialogues.
-        real: held-out cases of real dialogues, if there are any.
-    """
-
-    model: SpectralModel
-    town: World
-    cases: Mapping[str, list[Case]]
-    scores: Mapping[str, SkillResult]
-    perplexity: float
-    real: Mapping[str, list[Case]] | None
-
-    @classmethod
-    def of(
-        cls,
-        model: SpectralModel,
-        town: World,
-        cases: Mapping[str, list[Case]],
-        real: Mapping[str, list[Case]] | None,
-    ) -> Base:
-        return cls(model, town, cases, scores(model, cases, None), perplexity(model, town, None), real)
-
-
-def run(base: Base, skill: str, objective: str, seed: int, **changes: Any) -> dict[str, Any]:
+def run(
+    skill: str, objective: str, seed: int, n: int, sgd: str | None, base: Mapping[str, Any], **changes: Any
+) -> dict[str, Any]:
     """Train one expert and return its row."""
-    model, town = base.model, base.town
+    on = bench(n, sgd)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         recipe = recipe_of(skill, objective, seed=seed, score_cases=0, validation_cases=0, **changes)
-        started = time.perf_counter()
-        expert = train(model, skill, objective, recipe=recipe, world=town, out=out, progress=False)
-        seconds = time.perf_counter() - started
+        expert = train(on.model, skill, objective, recipe=recipe, world=on.town, out=out, progress=False)
         checkpoint = (out / "checkpoints" / "last.ckpt").stat().st_size
         size = sum(path.stat().st_size for path in (out / "experts" / skill).iterdir())
-    validation = scores(model, {skill: draw(town, "validation", 200, seed)[skill]}, expert)[skill].figures
-    after = scores(model, base.cases, expert)
+    found = on.scores(expert)
+    after, before = shares(found), base["scores"]
     row: dict[str, Any] = {
-        "validation": (validation["doing"].value + validation["controls"].value) / 2,
-        "figures": estimates(after[skill]),
-        "base_doing": base.scores[skill].figures["doing"].value,
-        "base_controls": base.scores[skill].figures["controls"].value,
-        "doing": after[skill].figures["doing"].value,
-        "controls": after[skill].figures["controls"].value,
-        "knowing_change": after[skill].figures["knowing"].value - base.scores[skill].figures["knowing"].value,
-        "errors": dict(after[skill].errors),
-        "off_skill": losses(base.scores, after, [name for name in FAMILIES if name != skill]),
-        "drift": perplexity(model, town, expert) / base.perplexity,
-        "seconds": seconds,
+        "validation": on.right(skill, seed, expert),
+        "figures": estimates(found[skill]),
+        "base_doing": before[skill]["doing"],
+        "base_controls": before[skill]["controls"],
+        "doing": after[skill]["doing"],
+        "controls": after[skill]["controls"],
+        "knowing_change": after[skill]["knowing"] - before[skill]["knowing"],
+        "errors": dict(found[skill].errors),
+        "off_skill": losses(before, after, [name for name in FAMILIES if name != skill]),
+        "drift": on.nats(expert) - base["nats"],
         "norm": expert.norm(),
-        "numbers": sum(model.basis.sizes),
+        "numbers": sum(on.model.basis.sizes),
         "checkpoint_bytes": checkpoint,
         "expert_bytes": size,
     }
-    if base.real is not None:
-        on_real = scores(model, {skill: base.real[skill]}, expert)[skill]
+    if on.real is not None:
+        on_real = on.scores(expert, {skill: on.real[skill]})[skill]
         row["sgd"] = estimates(on_real)
         row["sgd_doing"], row["sgd_controls"] = (on_real.figures[key].value for key in ("doing", "controls"))
     return row
 
 
-def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def timed(skill: str, objective: str) -> dict[str, Any]:
+    """Train one expert, from cases on, and return how long it took."""
+    model, town = harbor(), worlds.load("town")
+    recipe = recipe_of(skill, objective, score_cases=0, validation_cases=0)
+    started = time.perf_counter()
+    train(model, skill, objective, recipe=recipe, world=town, progress=False)
+    return {"seconds": time.perf_counter() - started}
+
+
+def figures(grid: Grid) -> dict[str, float]:
     """Return the figures of finished runs; the best objective of a skill is the one that did best in validation."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if not row["run"]["explores"]:
-            groups.setdefault((row["run"]["skill"], row["run"]["objective"]), []).append(row)
+    for row in grid.find(explores=""):
+        groups.setdefault((row["run"]["skill"], row["run"]["objective"]), []).append(row)
     found: dict[str, float] = {}
     for (skill, objective), some in groups.items():
-        for key in ("doing", "controls", "knowing_change", "drift", "seconds", "sgd_doing", "sgd_controls"):
+        for key in ("doing", "controls", "knowing_change", "drift", "sgd_doing", "sgd_controls"):
             found[f"{key}_{skill}_{objective}"] = mean(some, key)
     for skill in {skill for skill, _ in groups}:
         for key in ("base_doing", "base_controls"):
-            found[f"{key}_{skill}"] = mean([row for row in rows if row["run"]["skill"] == skill], key)
+            found[f"{key}_{skill}"] = mean(grid.find(explores="", skill=skill), key)
         best = max((one for of, one in groups if of == skill), key=lambda one: mean(groups[skill, one], "validation"))
         for key in ("doing", "controls", "knowing_change"):
             found[f"best_{key}_{skill}"] = found[f"{key}_{skill}_{best}"]
     falls = [mean([row["off_skill"] for row in some], key) for some in groups.values() for key in some[0]["off_skill"]]
     found["off_skill_max"] = max(falls, default=math.nan)
+    times = grid.find(what="seconds")
+    for row in times:
+        found[f"seconds_{row['run']['skill']}_{row['run']['objective']}"] = row["seconds"]
     for name, objectives in (("seconds_pref", ("sft", "dpo")), ("seconds_rloo", ("rloo",))):
-        of = [mean(some, "seconds") for (_, objective), some in groups.items() if objective in objectives]
+        of = [row["seconds"] for row in times if row["run"]["objective"] in objectives]
         found[name] = max(of, default=math.nan)
     for key in ("numbers", "checkpoint_bytes"):
         found[key] = max((row[key] for some in groups.values() for row in some), default=math.nan)
@@ -162,27 +139,38 @@ TRIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "on all tokens": ({}, {"activated": False}),
 }
 """What is explored: settings of the basis, and of the recipe."""
+EXPLORED = "sft"
 
 
-def explore_bases(grid: Grid, town: World) -> None:
-    """Run what is TRIED: clarify, one seed, n = 200."""
-    tokenizer = tokenizer_of(harbor())
-    texts = [str(tokenizer.decode(render(tokenizer, one.messages, one.tools))) for one in town.dialogues("train", 32)]
-    for tried, (basis, changes) in TRIED.items():
-        wanted = {"skill": "clarify", "objective": "dpo", "seed": 0, "n": 200, "explores": tried}
-        if grid.find(**wanted):
-            continue
-        more = {"calibration": texts} if "support" in basis else {}
-        base = Base.of(harbor(**basis, **more), town, draw(town, "heldout", 200), None)
-        grid.once(wanted, lambda base=base, changes=changes: run(base, "clarify", "dpo", 0, **changes))
+def explored(tried: str) -> dict[str, Any]:
+    """Train clarify in a way of TRIED, one seed; measure it on 200 held-out cases."""
+    (basis, changes), town = TRIED[tried], worlds.load("town")
+    if "support" in basis:
+        tokenizer, talks = tokenizer_of(harbor()), town.dialogues("train", 32)
+        texts = [str(tokenizer.decode(render(tokenizer, one.messages, one.tools))) for one in talks]
+        basis = basis | {"calibration": texts}
+    model = harbor(**basis)
+    recipe = recipe_of("clarify", EXPLORED, score_cases=0, validation_cases=0, **changes)
+    expert = train(model, "clarify", EXPLORED, recipe=recipe, world=town, progress=False)
+    cases = draw(town, "heldout", 200)["clarify"]
+    found = measure(model, "clarify", cases, experts=expert, progress=False)
+    return {"figures": estimates(found), "norm": expert.norm(), "numbers": expert.flat(model.basis).numel()}
 
 
-def harbor(**basis: Any) -> SpectralModel:
-    """Return harbor in fp32, with a basis."""
-    return SpectralModel.from_pretrained("harbor", dtype="float32", progress=False, **basis)
+def grid_of(seeds: Iterable[int], n: int, sgd: str | None, base: Mapping[str, Any]) -> list[Job]:
+    """Return the runs of the grid."""
+    return [
+        Job(
+            {"skill": skill, "objective": objective, "seed": seed, "n": n, "explores": ""},
+            run,
+            {"skill": skill, "objective": objective, "seed": seed, "n": n, "sgd": sgd, "base": base},
+        )
+        for seed in seeds
+        for objective, skill in RUNS
+    ]
 
 
-def main(seeds: int = 3, n: int = 500, sgd: str | None = None, explore: bool = False) -> None:
+def main(seeds: int = 3, n: int = 500, sgd: str | None = None, explore: bool = False, workers: int = 2) -> None:
     """Run what has not been run, and print the table.
 
     Args:
@@ -190,18 +178,17 @@ def main(seeds: int = 3, n: int = 500, sgd: str | None = None, explore: bool = F
         n: held-out cases a skill, even.
         sgd: folder of the Schema-Guided Dialogue data.
         explore: also try other bases, one skill, one seed, n = 200.
+        workers: processes of one thread that share the runs.
     """
     grid = Grid.open("objectives", BARS)
-    town, real = worlds.load("town"), worlds.load("sgd", sgd) if sgd else None
-    base = Base.of(harbor(), town, draw(town, "heldout", n), draw(real, "heldout", 300) if real else None)
-    for seed in range(seeds):
-        for objective, skill in RUNS:
-            wanted = {"skill": skill, "objective": objective, "seed": seed, "n": n, "explores": ""}
-            grid.once(wanted, lambda skill=skill, objective=objective, seed=seed: run(base, skill, objective, seed))
-            grid.write(figures(grid.rows))
+    base = grid.once({"what": "base", "n": n}, base_row, n=n, sgd=sgd)
+    grid.all(grid_of(range(seeds), n, sgd, base), workers)
     if explore:
-        explore_bases(grid, town)
-    found = figures(grid.rows)
+        of = {"skill": "clarify", "objective": EXPLORED, "seed": 0, "n": 200}
+        grid.all([Job(of | {"explores": tried}, explored, {"tried": tried}) for tried in TRIED], workers)
+    for objective, skill in RUNS:
+        grid.once({"what": "seconds", "skill": skill, "objective": objective}, timed, skill=skill, objective=objective)
+    found = figures(grid)
     grid.write(found)
     grid.show(found)
 

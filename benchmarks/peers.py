@@ -1,21 +1,22 @@
 """Peers: what LoRA and IA3 make of the same data in the same steps, and the smallest LoRA that does what ours does.
 
-    python -m benchmarks.peers [--seeds 3] [--n 500]       after benchmarks.objectives
+    python -m benchmarks.peers [--seeds 3] [--n 500] [--workers 2]       after benchmarks.objectives
 
-PEFT's adapters take the place of ours in the same loop: the same rows, objective, schedule and number of steps; the
-learning rate of each is the best of RATES in validation with seed 0. IA3 and LoRA of rank 16 are always trained, then
-ranks from 1 up to the first that reaches ours. Every finished run is one row of benchmarks/results/peers.json; rows
-that are there are not run again.
+PEFT's adapters take the place of ours in the same loop: the same rows, objective, schedule and number of steps, and
+activated as ours are: they act from the reply on, behind contexts that the base has read (aLoRA). The learning rate of
+each is the best of RATES in validation, for clarify with seed 0. IA3 and LoRA of rank 16 are always trained, then ranks
+from 1 up to the first that reaches ours. Every finished run is one row of benchmarks/results/peers.json; rows that are
+there are not run again.
 
     lora_numbers_over_ours   numbers of the smallest LoRA whose doing and controls, means over skills and seeds, reach
                              ours less 0.01, over ours; of rank 16 where none does
-    lora_drift_over_ours     its change of held-out perplexity, over ours
+    lora_drift_over_ours     its drift (benchmarks.objectives) over ours, both without sign
+    off_skill_               largest fall that an adapter causes in another skill, means over seeds
     batch4_lora_over_ours, dpo_peak_over_trl            see benchmarks/training_costs.py
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,22 +25,23 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.grid import Grid, draw, estimates, mean, perplexity, right, scores
-from benchmarks.objectives import Base, harbor, recipe_of
+from benchmarks.grid import Grid, Job, bench, estimates, losses, mean, shares
+from benchmarks.objectives import recipe_of
 from benchmarks.training_costs import ROWS, dpo_memory, four_in_one_batch
-from svdexpert import Recipe, SpectralModel, worlds
+from svdexpert import Recipe, SpectralModel
 from svdexpert.basis import Basis
 from svdexpert.cli import run_command
 from svdexpert.errors import SvdExpertError
 from svdexpert.evaluate import FAMILIES
+from svdexpert.forward import Contexts
 from svdexpert.layers import Scope
 from svdexpert.model import check_base
 from svdexpert.training import ExpertModule, Run, Task, fit, trainer_of
 
-OBJECTIVE = "dpo"
+OBJECTIVE = "sft"
 RATES = (1e-3, 3e-3, 1e-2)
 SMALLER = tuple(f"lora{rank}" for rank in (1, 2, 4, 8, 16))
 KINDS = ("ia3", "lora16", *SMALLER[:-1])
@@ -95,8 +97,10 @@ def peer(model: SpectralModel, kind: str) -> Peer:
 class PeerModule(ExpertModule):
     """An adapter in training, where the library trains offsets: the same rows and loss, in the same loop."""
 
-    def __init__(self, one: Peer, model: SpectralModel, task: Task, recipe: Recipe, run: Run, folder: Path) -> None:
-        super().__init__(model, [task], {}, OBJECTIVE, recipe, run.neutrals([task]), folder)
+    def __init__(self, one: Peer, task: Task, recipe: Recipe, run: Run, folder: Path, contexts: Contexts) -> None:
+        neutrals = run.neutrals([task], contexts)
+        how: dict[str, Any] = {"invocation": contexts.invocation, "contexts": contexts}
+        super().__init__(run.model, [task], {}, OBJECTIVE, recipe, neutrals, folder, **how)
         self.model, self.peer = cast(SpectralModel, one), one
 
     @property
@@ -110,42 +114,40 @@ class PeerModule(ExpertModule):
         torch.nn.utils.clip_grad_norm_(self.peer.parameters, self.recipe.clip)
 
 
-def adapter(
-    base: Base, kind: str, skill: str, seed: int, rate: float, cases: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Train an adapter on a skill; measure it in validation, and on held-out cases where these are given."""
+def adapter(kind: str, skill: str, seed: int, n: int, rate: float, base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Train an adapter on a skill; measure it in validation, or on held-out cases beside the base."""
+    on = bench(n)
     recipe = recipe_of(skill, OBJECTIVE, seed=seed, learning_rate=rate, score_cases=0, validation_cases=0)
     run = Run(
-        model=base.model,
+        model=on.model,
         skills=[skill],
         objective=OBJECTIVE,
         recipe=recipe,
-        world=base.town,
+        world=on.town,
         against={},
         out=None,
         progress=False,
     )
-    started = time.perf_counter()
-    [task] = run.tasks()
-    one = peer(base.model, kind)
+    [task] = run.tasks(on.contexts)
+    torch.manual_seed(seed)
+    one, active = peer(on.model, kind), Adapter(adapter=1.0)
     with TemporaryDirectory() as folder:
-        module = PeerModule(one, base.model, task, recipe, run, Path(folder))
+        module = PeerModule(one, task, recipe, run, Path(folder), on.contexts)
         fit(module, trainer_of(Path(folder), recipe, {}, progress=False), Path(folder))
-    row: dict[str, Any] = {
-        "numbers": sum(number.numel() for number in one.parameters),
-        "rate": rate,
-        "seconds": time.perf_counter() - started,
-    }
-    on, town = Adapter(adapter=1.0), base.town
-    if cases is None:
-        return row | {"validation": right(one, skill, draw(town, "validation", 200, seed)[skill], on)}
-    after = scores(one, {skill: cases[skill]}, on)[skill]  # type: ignore[arg-type]
-    return row | {
-        "figures": estimates(after),
-        "doing": after.figures["doing"].value,
-        "controls": after.figures["controls"].value,
-        "knowing_change": after.figures["knowing"].value - base.scores[skill].figures["knowing"].value,
-        "drift": perplexity(one, town, on) / base.perplexity,  # type: ignore[arg-type]
+    numbers = {"numbers": sum(number.numel() for number in one.parameters), "rate": rate}
+    if base is None:
+        return numbers | {"validation": on.right(skill, seed, active, one)}
+    found = on.scores(active, speaker=one)
+    after, before = shares(found), base["scores"]
+    kept = get_peft_model_state_dict(one.adapted)
+    return numbers | {
+        "figures": estimates(found[skill]),
+        "doing": after[skill]["doing"],
+        "controls": after[skill]["controls"],
+        "knowing_change": after[skill]["knowing"] - before[skill]["knowing"],
+        "off_skill": losses(before, after, [name for name in FAMILIES if name != skill]),
+        "drift": on.nats(active, one) - base["nats"],
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in kept.values()),
     }
 
 
@@ -170,8 +172,10 @@ def figures(grid: Grid, ours: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for kind in KINDS:
         if rows := trained(grid, kind):
-            for key in ("doing", "controls", "knowing_change", "drift", "numbers", "seconds"):
+            for key in ("doing", "controls", "knowing_change", "drift", "numbers", "bytes"):
                 found[f"{key}_{kind}"] = mean(rows, key)
+            by_skill = [[row["off_skill"] for row in rows if row["run"]["skill"] == skill] for skill in FAMILIES]
+            found[f"off_skill_{kind}"] = max(mean(some, key) for some in by_skill if some for key in some[0])
     for key in ("doing", "controls", "drift"):
         found[f"{key}_ours"] = our_mean(ours, key)
     found["numbers_ours"] = ours["numbers"]
@@ -179,7 +183,7 @@ def figures(grid: Grid, ours: Mapping[str, float]) -> dict[str, float]:
     if f"numbers_{rank}" in found:
         found["lora_rank"] = int(rank.removeprefix("lora"))
         found["lora_numbers_over_ours"] = found[f"numbers_{rank}"] / ours["numbers"]
-        found["lora_drift_over_ours"] = (found[f"drift_{rank}"] - 1) / max(found["drift_ours"] - 1, 1e-6)
+        found["lora_drift_over_ours"] = abs(found[f"drift_{rank}"]) / max(abs(found["drift_ours"]), 1e-6)
     for row in grid.find(kind="four in one batch"):
         found |= {f"batch4_lora_over_ours_rows{rows}": row[str(rows)]["lora_over_ours"] for rows in ROWS}
         found["batch4_lora_over_ours"] = found[f"batch4_lora_over_ours_rows{ROWS[-1]}"]
@@ -188,35 +192,33 @@ def figures(grid: Grid, ours: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def main(seeds: int = 3, n: int = 500) -> None:
+def main(seeds: int = 3, n: int = 500, workers: int = 2) -> None:
     """Run what has not been run, and print the table; `benchmarks.objectives` goes first.
 
     Args:
         seeds: of training.
         n: held-out cases a skill, even.
+        workers: processes of one thread that share the runs.
     """
-    ours = Grid.open("objectives", {}).figures
-    if f"doing_{FAMILIES[-1]}_{OBJECTIVE}" not in ours:
-        raise SvdExpertError("There is nothing to compare with yet: run `python -m benchmarks.objectives` first.")
+    theirs = Grid.open("objectives", {})
+    ours, bases = theirs.figures, theirs.find(what="base", n=n)
+    if f"doing_{FAMILIES[-1]}_{OBJECTIVE}" not in ours or not bases:
+        raise SvdExpertError(f"There is nothing to compare with: run `python -m benchmarks.objectives --n {n}` first.")
     grid = Grid.open("peers", BARS)
-    town, model = worlds.load("town"), harbor()
-    cases = draw(town, "heldout", n)
-    base = Base.of(model, town, cases, None)
     grid.once({"kind": "four in one batch"}, four_in_one_batch)
     grid.once({"kind": "memory of dpo"}, dpo_memory)
+
+    def job(kind: str, skill: str, seed: int, rate: float, base: Any, **run: Any) -> Job:
+        given = {"kind": kind, "skill": skill, "seed": seed, "n": n, "rate": rate, "base": base}
+        return Job({"kind": kind, "skill": skill, "seed": seed, **run}, adapter, given)
+
     for kind in KINDS:
-        for skill in FAMILIES:
-            for rate in RATES:
-                wanted = {"kind": kind, "skill": skill, "seed": 0, "rate": rate}
-                grid.once(wanted, lambda kind=kind, skill=skill, rate=rate: adapter(base, kind, skill, 0, rate, None))
-            rate = max(grid.find(kind=kind, skill=skill, n=None), key=lambda row: row["validation"])["rate"]
-            for seed in range(seeds):
-                wanted = {"kind": kind, "skill": skill, "seed": seed, "n": n}
-                grid.once(
-                    wanted,
-                    lambda kind=kind, skill=skill, seed=seed, rate=rate: adapter(base, kind, skill, seed, rate, cases),
-                )
-                grid.write(figures(grid, ours))
+        grid.all([job(kind, FAMILIES[0], 0, rate, None, rate=rate) for rate in RATES], workers)
+        tried = [row for row in grid.find(kind=kind) if "validation" in row]
+        rate = max(tried, key=lambda row: row["validation"])["rate"]
+        runs = [job(kind, skill, seed, rate, bases[0], n=n) for seed in range(seeds) for skill in FAMILIES]
+        grid.all(runs, workers)
+        grid.write(figures(grid, ours))
         if kind in SMALLER[:-1] and reaches(grid, ours, kind):
             break
     found = figures(grid, ours)

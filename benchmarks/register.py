@@ -39,17 +39,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.compose import OBJECTIVE, recipe
-from benchmarks.grid import RESULTS, Grid, mean
-from benchmarks.objectives import harbor
-from svdexpert import Expert, SpectralModel, train_library, worlds
+from benchmarks.grid import RESULTS, Grid, harbor, library_of, mean
+from svdexpert import Expert, SpectralModel, worlds
 from svdexpert.cli import run_command
-from svdexpert.conversation import Forward, continuation, render, tokenizer_of
+from svdexpert.conversation import continuation, render, tokenizer_of
 from svdexpert.decision import Asked, Context, Decision, Dispatcher
 from svdexpert.dialogue import Conversation, Policy, next_token_divergence
 from svdexpert.dispatch import Example, decide, examples_of, fit
 from svdexpert.dispatch.fewshot import search
 from svdexpert.dispatch.router import excluding, guessed_pairs, labels, probabilities, regressions
 from svdexpert.evaluate import FAMILIES, act, judge, normalised
+from svdexpert.forward import Forward
 from svdexpert.skills import Case, load
 from svdexpert.storage import whole_file
 from svdexpert.worlds import Split, World, assistant
@@ -212,8 +212,7 @@ class Seed:
 
     @cached_property
     def library(self) -> Mapping[str, Expert]:
-        how = recipe(seed=self.seed)
-        return train_library(self.model, FAMILIES, OBJECTIVE, recipe=how, world=self.world, progress=False)
+        return library_of(self.model, FAMILIES, OBJECTIVE, recipe(seed=self.seed))
 
     @cached_property
     def oracle(self) -> dict[str, float]:

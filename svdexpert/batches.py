@@ -69,9 +69,14 @@ class Row:
     draws: tuple[int, ...]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest completion."""
+        return max(map(len, self.completions), default=0)
+
+    @property
     def length(self) -> int:
         """Tokens of the context and of the longest completion."""
-        return len(self.prompt) + max(map(len, self.completions), default=0)
+        return len(self.prompt) + self.longest
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Plan:
         mixing: probability that another expert is not at weight 0; then it is at 1 or uniform in (0, 1), at evens.
         neutral: share of rows that are neutral.
         seed: of all draws.
+        kept: contexts are not computed in a step: what counts there is how long the completions are.
     """
 
     examples: Sequence[Examples]
@@ -97,6 +103,7 @@ class Plan:
     mixing: float
     neutral: float
     seed: int
+    kept: bool = False
 
     @cached_property
     def names(self) -> list[str]:
@@ -115,9 +122,9 @@ class Plan:
         return self.batch_size - self.neutral_rows
 
     def rows(self, step: int) -> list[Row]:
-        """Return all rows of a step, the shortest first."""
+        """Return all rows of a step, those first that take the least computing."""
         found = [self._row(step, expert, row) for expert in range(len(self.examples)) for row in range(self.batch_size)]
-        return sorted(found, key=lambda one: one.length)
+        return sorted(found, key=lambda one: (one.longest, len(one.prompt)) if self.kept else (one.length, 0))
 
     def _row(self, step: int, expert: int, row: int) -> Row:
         some = self.examples[expert]

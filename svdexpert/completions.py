@@ -21,12 +21,11 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from svdexpert.conversation import Forward, left_padded
 from svdexpert.errors import TrainingError
-from svdexpert.layers import active_in
+from svdexpert.forward import Forward, differentiable_cache, left_padded
 from svdexpert.mixture import Mixture
 from svdexpert.model import SpectralModel
 
@@ -60,94 +59,6 @@ class Batch:
         return cls(ids, seen, torch.tensor(padded, device=device), mask.to(device))
 
 
-@torch.no_grad()
-def prefill(model: SpectralModel, batch: Batch, invocation: Sequence[int]) -> Cache | None:
-    """Return what the base makes of the contexts up to where experts with these invocation tokens act.
-
-    None where there is nothing of the kind, or the model has another kind of cache.
-
-    Raises:
-        MixtureError: a context without the invocation.
-    """
-    active = active_in(batch.contexts, invocation, behind=False) if invocation else None
-    if active is None or not _differentiable_cache(model):
-        return None
-    cache, before = DynamicCache(config=model.hf.config), slice(0, active.start)
-    with model.using(None):
-        Forward(model.hf).logits(
-            batch.contexts[:, before], batch.seen[:, before], 1, past_key_values=cache, use_cache=True
-        )
-    return cache
-
-
-class Contexts:
-    """What the base makes of contexts up to where experts act, computed once a context and kept.
-
-    Experts that act from the reply on never change it, so that a run reads every context once, however often it comes
-    up. Each is computed alone: the same numbers, bit for bit, whatever stands beside it in a step.
-
-    Args:
-        model: attached.
-        invocation: tokens from which the experts act; with () nothing is kept.
-        room: bytes that are kept at most; contexts beyond that are computed every time.
-    """
-
-    def __init__(self, model: SpectralModel, invocation: Sequence[int], room: float) -> None:
-        self.model, self.invocation, self.room = model, tuple(invocation), room
-        self.able = bool(invocation) and _differentiable_cache(model)
-        self.kept: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-
-    def before(self, batch: Batch) -> Cache | None:
-        """Return what `prefill` returns for the contexts of a batch."""
-        if not self.able:
-            return None
-        rows = [tuple(ids[seen.bool()].tolist()) for ids, seen in zip(batch.contexts, batch.seen, strict=True)]
-        many = len(self.invocation)
-        if any(row[-many:] != self.invocation or len(row) == many for row in rows):
-            return prefill(self.model, batch, self.invocation)  # some reply has begun: rows differ in where experts act
-        found = [self._computed(row[:-many]) for row in rows]
-        width = batch.contexts.shape[1] - many
-        cache = DynamicCache(config=self.model.hf.config)
-        for layer, parts in enumerate(zip(*found, strict=True)):
-            sides = [torch.cat([_widened(part[side], width) for part in parts]) for side in (0, 1)]
-            cache.update(sides[0], sides[1], layer)
-        return cache
-
-    @torch.no_grad()
-    def _computed(self, row: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        """Return keys and values (1 h t d) of every layer."""
-        if row in self.kept:
-            return self.kept[row]
-        forward = Forward(self.model.hf)
-        ids = torch.tensor([row], device=forward.device)
-        cache = _Whole(config=self.model.hf.config)
-        with self.model.using(None):
-            forward.logits(ids, torch.ones_like(ids), 1, past_key_values=cache, use_cache=True)
-        found = cache.whole
-        size = sum(one.numel() * one.element_size() for pair in found for one in pair)
-        if size <= self.room:
-            self.room -= size
-            self.kept[row] = found
-        return found
-
-
-class _Whole(DynamicCache):
-    """A cache that also keeps what sliding windows forget."""
-
-    def __init__(self, **how: Any) -> None:
-        super().__init__(**how)
-        self.whole: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *more: Any, **how: Any) -> Any:
-        self.whole.append((key_states, value_states))
-        return super().update(key_states, value_states, layer_idx, *more, **how)
-
-
-def _widened(states: Tensor, width: int) -> Tensor:
-    """Return keys or values (1 h t d) with zeros before them, where padding stands and is masked."""
-    return torch.nn.functional.pad(states, (0, 0, width - states.shape[-2], 0))
-
-
 def logits(
     model: SpectralModel,
     mixture: Mixture | None,
@@ -174,7 +85,7 @@ def logits(
     within = rearrange(batch.mask, "b g t -> (b g) t").to(batch.seen)
     behind = torch.cat([repeat(batch.seen, "b t -> (b g) t", g=g), within[:, :-1]], -1)
     mixtures = None if mixture is None else mixture.repeated(g)
-    if recompute or not _differentiable_cache(model):
+    if recompute or not differentiable_cache(model):
         whole = torch.cat([repeat(batch.contexts, "b t -> (b g) t", g=g), tails[:, :-1]], -1)
         with model.using(mixtures), _recomputing(model, recompute):
             found = forward.logits(whole, behind, t, use_cache=False)
@@ -256,12 +167,6 @@ def sample(
 def _up_to(row: list[int], ends: set[int]) -> list[int]:
     last = next((place for place, token in enumerate(row) if token in ends), len(row))
     return row[: last + 1]
-
-
-def _differentiable_cache(model: SpectralModel) -> bool:
-    """Return whether gradients can flow through the model's cache: plain attention in all layers."""
-    layers = DynamicCache(config=model.hf.config).layers
-    return all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in layers)
 
 
 @contextmanager

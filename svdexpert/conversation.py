@@ -7,8 +7,6 @@ generation config do not apply. Older turns of a conversation that is too long a
 
 from __future__ import annotations
 
-import copy
-import inspect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +16,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from svdexpert.errors import MixtureError, SvdExpertError, TooLongError
-from svdexpert.layers import active_in, device_of
+from svdexpert.forward import Contexts, Forward, left_padded
+from svdexpert.layers import active_in
 from svdexpert.model import SpectralModel
 from svdexpert.reply import CLOSE, OPEN, Call, read, write_call
 from svdexpert.worlds import Message, Tool, assistant, calling, result, tool, user
@@ -256,15 +255,30 @@ def completion(
     Raises:
         SvdExpertError: there is no chat template, or it refuses the conversation.
     """
+    return completions(tokenizer, messages, tools, [reply], end)[0]
+
+
+def completions(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    replies: Sequence[Message],
+    end: int,
+) -> list[list[int]]:
+    """Return what `completion` returns, of several replies to one conversation."""
     how = {"tokenize": True, "return_dict": True}
     before = list(_templated(tokenizer, messages, tools, add_generation_prompt=True, **how)["input_ids"])
-    whole = list(_templated(tokenizer, [*messages, reply], tools, **how)["input_ids"])
-    behind = whole[len(before) :]
-    if whole[: len(before)] == before and end in behind:
-        return behind[: behind.index(end) + 1]
-    # Templates that add or drop thoughts write no prefix; a reply then reads as it does in `reply.read`.
-    text = "".join([str(reply.get("content") or ""), *(write_call(call) for call in calls_of(reply))])
-    return [*continuation(tokenizer, text), end]
+    found = []
+    for reply in replies:
+        whole = list(_templated(tokenizer, [*messages, reply], tools, **how)["input_ids"])
+        behind = whole[len(before) :]
+        if whole[: len(before)] == before and end in behind:
+            found.append(behind[: behind.index(end) + 1])
+            continue
+        # Templates that add or drop thoughts write no prefix; a reply then reads as it does in `reply.read`.
+        text = "".join([str(reply.get("content") or ""), *(write_call(call) for call in calls_of(reply))])
+        found.append([*continuation(tokenizer, text), end])
+    return found
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -320,88 +334,6 @@ class Answer:
     reply: list[int]
 
 
-class _RoomyLayer(DynamicLayer):
-    """A cache layer with room for the tokens to come; the plain one copies all it holds at every token.
-
-    At 32 rows of 250 tokens that copying took nine tenths of a step of a 7 M-parameter model on a CPU.
-    """
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-        self.buffers: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        new = (key_states, value_states)
-        if not self.buffers or self.buffers[0].shape[-2] < end:
-            b, heads = key_states.shape[:2]
-            self.buffers = [one.new_empty(b, heads, end + self.room, one.shape[-1]) for one in new]
-            for buffer, held in zip(self.buffers, (self.keys, self.values), strict=True):
-                if start:
-                    buffer[:, :, :start] = cast(Tensor, held)
-        for buffer, states in zip(self.buffers, new, strict=True):
-            buffer[:, :, start:end] = states
-        keys, values = (buffer[:, :, :end] for buffer in self.buffers)
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.buffers = []
-
-
-@dataclass
-class Forward:
-    """A model that is fed ids (b t) behind a cache, with padding masked and positions counted from the first token."""
-
-    hf: PreTrainedModel
-
-    def __post_init__(self) -> None:
-        self.takes = inspect.signature(self.hf.forward).parameters.keys()
-        self.device = device_of(self.hf.get_input_embeddings())
-
-    def cache(self, room: int) -> Cache:
-        cache = DynamicCache(config=self.hf.config)
-        cache.layers = [_RoomyLayer(room) if type(one) is DynamicLayer else one for one in cache.layers]
-        return cache
-
-    def fork(self, cache: Cache, rows: Tensor, room: int) -> Cache:
-        """Return a cache of these rows, in this order, that grows apart from the first."""
-        forked = copy.copy(cache)
-        forked.layers = [copy.copy(layer) for layer in cache.layers]  # selecting rows replaces their tensors
-        forked.batch_select_indices(rows)
-        for layer in forked.layers:
-            if isinstance(layer, _RoomyLayer):
-                layer.room = room
-        return forked
-
-    def __call__(self, ids: Tensor, mask: Tensor, cache: Cache, *, last: bool = False) -> Tensor:
-        """Return log-probabilities (b t v), fp32, those of the last place only if `last`."""
-        found = self.logits(ids, mask, 1 if last else None, past_key_values=cache, use_cache=True)
-        return found.float().log_softmax(-1)
-
-    def logits(self, ids: Tensor, mask: Tensor, keep: int | None, **how: Any) -> Tensor:
-        """Return logits (b t v) in the model's dtype, those of the last `keep` places where that is given."""
-        found: Tensor = self._run(ids, mask, keep, **how).logits
-        return found if keep is None else found[:, -keep:]
-
-    def hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Return the hidden states (b t width) of the embeddings and of every layer."""
-        states = self._run(ids, mask, 1, use_cache=False, output_hidden_states=True).hidden_states
-        return cast(tuple[Tensor, ...], states)
-
-    def _run(self, ids: Tensor, mask: Tensor, keep: int | None, **how: Any) -> Any:
-        if "position_ids" in self.takes:
-            how["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if keep is not None and "logits_to_keep" in self.takes:
-            how["logits_to_keep"] = keep
-        return cast(Any, self.hf)(input_ids=ids, attention_mask=mask, **how)
-
-
 @dataclass(frozen=True)
 class Prompt:
     """What is asked of one conversation: ids, continuations to score, tokens that the reply may take."""
@@ -413,9 +345,16 @@ class Prompt:
 
 
 def answers(
-    model: SpectralModel, prompts: Sequence[Prompt], ends: set[int], doing: str, *, batch_size: int, progress: bool
+    model: SpectralModel,
+    prompts: Sequence[Prompt],
+    ends: set[int],
+    doing: str,
+    *,
+    batch_size: int,
+    progress: bool,
+    contexts: Contexts | None = None,
 ) -> list[Answer]:
-    """Return an answer to every prompt, in their order."""
+    """Return an answer to every prompt, in their order; `contexts` keeps what the base makes of them."""
     if batch_size < 1:
         raise SvdExpertError(f"batch_size is {batch_size}: expected at least 1.")
     if model._scope.mixture is not None and model._scope.mixture.rows is not None:
@@ -426,21 +365,26 @@ def answers(
     found: dict[int, Answer] = {}
     with torch.inference_mode():
         for batch in watch(batches, doing, progress):
-            found.update(
-                zip(batch, _batch(model, forward, [prompts[place] for place in batch], ends, batch_size), strict=True)
-            )
+            some = [prompts[place] for place in batch]
+            found.update(zip(batch, _batch(model, forward, some, ends, batch_size, contexts), strict=True))
     return [found[place] for place in range(len(prompts))]
 
 
 def _batch(
-    model: SpectralModel, forward: Forward, prompts: Sequence[Prompt], ends: set[int], batch_size: int
+    model: SpectralModel,
+    forward: Forward,
+    prompts: Sequence[Prompt],
+    ends: set[int],
+    batch_size: int,
+    contexts: Contexts | None,
 ) -> list[Answer]:
     ids, mask = left_padded([prompt.ids for prompt in prompts], forward.device)
     cache = forward.cache(ids.shape[1] + max(prompt.room for prompt in prompts))
     width = max(1, PREFILL_TOKENS // len(prompts))
-    behind = 0  # before it, activated experts are the base
-    invocation = () if model._scope.mixture is None else model._scope.mixture.invocation
-    if invocation and (active := active_in(ids, invocation, behind=False)) is not None:
+    invocation = None if model._scope.mixture is None else model._scope.mixture.invocation
+    kept = contexts is not None and contexts.serves(invocation)
+    behind = contexts.fill(cache, ids, mask) if contexts is not None and kept else 0  # before it, it is the base
+    if not behind and invocation and (active := active_in(ids, invocation, behind=False)) is not None:
         behind = active.start
         with model.using(None):
             for start in range(0, behind, width):
@@ -461,14 +405,6 @@ def _batch(
             scores[row][slot] = tokens
     replies = _greedy(forward, first, mask, cache, ends, [prompt.room for prompt in prompts])
     return [Answer(tokens, reply) for tokens, reply in zip(scores, replies, strict=True)]
-
-
-def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids and mask (b t), padded on the left; what stands in the padding is masked."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids.to(device), mask.to(device)
 
 
 def _scores(

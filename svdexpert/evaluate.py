@@ -27,10 +27,8 @@ import numpy as np
 import torch
 
 from svdexpert.conversation import (
-    Forward,
     answers,
     continuation,
-    left_padded,
     opening,
     prompt_of,
     text_of,
@@ -41,6 +39,7 @@ from svdexpert.conversation import (
 from svdexpert.decision import Context, Decision
 from svdexpert.errors import MeasurementError, SvdExpertError, WorldError
 from svdexpert.expert import Expert
+from svdexpert.forward import Contexts, Forward, left_padded
 from svdexpert.mixture import Bank, Blend
 from svdexpert.model import SpectralModel
 from svdexpert.reply import Call, read
@@ -200,6 +199,7 @@ def answer_knowing(
     batch_size: int = 32,
     per_token: bool = False,
     progress: bool = True,
+    contexts: Contexts | None = None,
 ) -> list[KnowingAnswer]:
     """Return how the model, under the mixture in force, answers the knowing item of every case.
 
@@ -209,6 +209,7 @@ def answer_knowing(
         batch_size: rows of a forward pass.
         per_token: divide the score of an option by its tokens, the turn-ending one included.
         progress: show a progress bar on stderr.
+        contexts: keeps what the base makes of contexts, for the next mixture that is asked the same.
 
     Raises:
         SvdExpertError: no chat template, or a question longer than the context.
@@ -220,7 +221,8 @@ def answer_knowing(
         options = [[*continuation(tokenizer, option), end] for option in case.knowing.options]
         room = max(KNOWING_TOKENS, *map(len, options))
         prompts.append(prompt_of(model, case.knowing.messages, case.knowing.tools, options, room))
-    given = answers(model, prompts, ends, "asking", batch_size=batch_size, progress=progress)
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "contexts": contexts}
+    given = answers(model, prompts, ends, "asking", **how)
     found = []
     for case, prompt, answer in zip(cases, prompts, given, strict=True):
         scores = tuple(sum(one) / (len(one) if per_token else 1) for one in answer.scores)
@@ -238,6 +240,7 @@ def act(
     max_new_tokens: int = 96,
     batch_size: int = 32,
     progress: bool = True,
+    contexts: Contexts | None = None,
 ) -> list[str]:
     """Return the greedy reply to every case, under the mixture in force; marks of calls stay in the text.
 
@@ -247,12 +250,13 @@ def act(
         max_new_tokens: of a reply.
         batch_size: rows of a forward pass.
         progress: show a progress bar on stderr.
+        contexts: as in `answer_knowing`.
 
     Raises:
         SvdExpertError: no chat template, or a last turn longer than the context.
         MixtureError: a mixture by row or token is in force.
     """
-    return [one.reply for one in _acted(model, cases, None, max_new_tokens, batch_size, progress)]
+    return [one.reply for one in _acted(model, cases, None, max_new_tokens, batch_size, progress, contexts)]
 
 
 def move_log_odds(
@@ -294,12 +298,14 @@ def _acted(
     max_new_tokens: int,
     batch_size: int,
     progress: bool,
+    contexts: Contexts | None = None,
 ) -> list[_Acted]:
     """Return reply and log-odds of every case out of one pass over its prompt."""
     tokenizer, (_, ends) = tokenizer_of(model), turn_ends(model)
     starts = [opening(tokenizer, text) for text in (*openings.move, *openings.opposite)] if openings else []
     prompts = [prompt_of(model, case.messages, case.tools, starts, max_new_tokens) for case in cases]
-    given = answers(model, prompts, ends, "acting", batch_size=batch_size, progress=progress)
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "contexts": contexts}
+    given = answers(model, prompts, ends, "acting", **how)
     found = []
     for prompt, answer in zip(prompts, given, strict=True):
         log_odds = math.nan
@@ -335,6 +341,7 @@ def measure(
     max_new_tokens: int = 96,
     batch_size: int = 32,
     progress: bool = True,
+    contexts: Contexts | None = None,
 ) -> SkillResult:
     """Return what a model knows and does of a skill, case by case and in figures.
 
@@ -348,6 +355,7 @@ def measure(
         max_new_tokens: of a reply.
         batch_size: rows of a forward pass.
         progress: show progress bars on stderr.
+        contexts: as in `answer_knowing`: measuring several mixtures on the same cases then reads them once.
 
     Raises:
         MeasurementError: there are no cases.
@@ -359,10 +367,10 @@ def measure(
     skill = load(skill_name)
 
     def know(some: Sequence[Case]) -> list[KnowingAnswer]:
-        return answer_knowing(model, some, batch_size=batch_size, progress=progress)
+        return answer_knowing(model, some, batch_size=batch_size, progress=progress, contexts=contexts)
 
     def speak(some: Sequence[Case], openings: Openings | None = skill.OPENINGS) -> list[_Acted]:
-        return _acted(model, some, openings, max_new_tokens, batch_size, progress)
+        return _acted(model, some, openings, max_new_tokens, batch_size, progress, contexts)
 
     def carry_on(some: Sequence[Case]) -> list[str]:
         said = _under(model, experts, library, some, _said, partial(speak, openings=None))

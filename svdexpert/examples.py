@@ -27,6 +27,7 @@ from svdexpert.conversation import (
     answers,
     as_message,
     completion,
+    completions,
     context_of,
     continuation,
     prompt_of,
@@ -35,6 +36,7 @@ from svdexpert.conversation import (
     turn_ends,
 )
 from svdexpert.errors import SvdExpertError, TooLongError, TrainingError
+from svdexpert.forward import Contexts
 from svdexpert.model import SpectralModel
 from svdexpert.objectives import Completions, load, names
 from svdexpert.skills import Case, Skill, check_tool
@@ -54,7 +56,7 @@ class Example:
         chosen: replies to prefer.
         chosen_ids: the same.
         rejected: replies to reject.
-        rejected_ids: the same.
+        rejected_ids: the same; none for an objective that does not read them.
         errors: what is wrong with each rejected reply, "" where nobody knows.
         own_ids: the base's own reply, empty where it came to no end.
     """
@@ -139,9 +141,11 @@ def of_skill(
     skill: Skill,
     cases: Sequence[Case],
     *,
+    rejected: bool = True,
     max_new_tokens: int = 96,
     batch_size: int = 32,
     progress: bool = True,
+    contexts: Contexts | None = None,
 ) -> Examples:
     """Return the examples of a skill's cases; the base replies to each of them once.
 
@@ -150,9 +154,11 @@ def of_skill(
         name: of the skill.
         skill: it.
         cases: positives and controls.
+        rejected: write the replies to reject as ids too; otherwise they stand there as text alone.
         max_new_tokens: of the base's own replies.
         batch_size: rows of a forward pass.
         progress: show a progress bar on stderr.
+        contexts: keeps what the base makes of contexts.
 
     Raises:
         TrainingError: no case fits the model's context.
@@ -160,12 +166,11 @@ def of_skill(
     """
     tokenizer, (end, ends) = tokenizer_of(model), turn_ends(model)
 
-    def ids_of(case: Case, reply: str) -> list[int]:
-        return completion(tokenizer, case.messages, case.tools, as_message(reply), end)
-
     fitting: list[tuple[Case, Prompt, dict[str, list[int]]]] = []
     for case in cases:
-        replies = {text: ids_of(case, text) for text in (*case.gold, *(one.reply for one in case.bad))}
+        texts = [*case.gold, *(one.reply for one in case.bad if rejected)]
+        ids = completions(tokenizer, case.messages, case.tools, [as_message(one) for one in texts], end)
+        replies = dict(zip(texts, ids, strict=True))
         try:
             room = max(max_new_tokens, *map(len, replies.values()))
             fitting.append((case, prompt_of(model, case.messages, case.tools, [], room), replies))
@@ -174,8 +179,9 @@ def of_skill(
     if not fitting:
         raise TrainingError(f"{name}: none of {len(cases)} cases fits the model's {context_of(model)} tokens.")
     prompts = [Prompt(prompt.ids, [], max_new_tokens, prompt.dropped) for _, prompt, _ in fitting]
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "contexts": contexts}
     with model.using(None):
-        said = answers(model, prompts, ends, f"{name}: the base replies", batch_size=batch_size, progress=progress)
+        said = answers(model, prompts, ends, f"{name}: the base replies", **how)
     rows = []
     for (case, prompt, replies), answer in zip(fitting, said, strict=True):
         own = text_of(tokenizer, answer.reply)
@@ -197,7 +203,7 @@ def of_skill(
                 chosen=chosen,
                 chosen_ids=[replies[text] for text in chosen],
                 rejected=list(bad),
-                rejected_ids=[replies[text] for text in bad],
+                rejected_ids=[replies[text] for text in bad if text in replies],
                 errors=list(bad.values()),
                 own_ids=[*answer.reply, end] if finished else [],
             )

@@ -53,12 +53,13 @@ from torch.utils.data import DataLoader
 
 from svdexpert import objectives
 from svdexpert.batches import Neutral, Plan, Row, Steps
-from svdexpert.completions import Batch, Contexts, log_probabilities, logits, sample
+from svdexpert.completions import Batch, log_probabilities, logits, sample
 from svdexpert.conversation import Prompt, answers, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
 from svdexpert.errors import SvdExpertError, TooLongError, TrainingError
 from svdexpert.evaluate import KNOWING_TOKENS, act, measure
 from svdexpert.examples import Examples, counts, is_file, of_file, of_skill
 from svdexpert.expert import Expert, flat_scale
+from svdexpert.forward import Contexts
 from svdexpert.layers import device_of
 from svdexpert.library import Library
 from svdexpert.mixture import Mixture
@@ -109,6 +110,7 @@ class ExpertModule(lightning.LightningModule):
         neutrals: contexts of neutral rows.
         folder: of the run, for checkpoints and rollouts; None keeps neither.
         invocation: tokens from which on the experts act; () is everywhere.
+        contexts: what the base has made of contexts so far; None begins anew.
     """
 
     frozen: Tensor
@@ -125,17 +127,26 @@ class ExpertModule(lightning.LightningModule):
         folder: Path | None = None,
         *,
         invocation: tuple[int, ...] = (),
+        contexts: Contexts | None = None,
     ) -> None:
         super().__init__()
         self.model, self.tasks, self.recipe, self.folder = model, tasks, recipe, folder
         self.invocation = invocation
-        self.contexts = Contexts(model, invocation, recipe.contexts * 2**30)
+        self.contexts = contexts or Contexts(model, invocation, recipe.contexts)
         self.objective = objectives.load(objective)
         self.settings = objectives.settings_of(self.objective, recipe.settings, recipe.samples)
         examples = [task.examples for task in tasks]
         kind = self.objective.COMPLETIONS
         self.plan = Plan(
-            examples, neutrals, list(frozen), kind, recipe.batch_size, recipe.mixing, recipe.neutral, recipe.seed
+            examples,
+            neutrals,
+            list(frozen),
+            kind,
+            recipe.batch_size,
+            recipe.mixing,
+            recipe.neutral,
+            recipe.seed,
+            self.contexts.able,
         )
         scale = flat_scale(model.basis.singular_values, recipe.core)
         flat = [one.flat(model.basis) for one in frozen.values()]
@@ -273,7 +284,7 @@ class ExpertModule(lightning.LightningModule):
         if self.objective.COMPLETIONS == "samples":
             completions, rewards = self.samples(rows, mixture)
         batch, base = self.batch(rows, completions), None
-        before = self.contexts.before(batch)
+        before = self.contexts.before(batch.contexts, batch.seen)
         if self.objective.REFERENCE:
             with torch.no_grad():
                 base = log_probabilities(logits(self.model, None, batch, before), batch)
@@ -286,7 +297,8 @@ class ExpertModule(lightning.LightningModule):
     def neutral_loss(self, rows: Sequence[Row]) -> Tensor:
         """Return KL(target || mixture) of every row (b), in nats a token of the base's reply."""
         batch = self.batch(rows, [row.completions for row in rows])
-        targets, before = [row.target or [] for row in rows], self.contexts.before(batch)
+        targets = [row.target or [] for row in rows]
+        before = self.contexts.before(batch.contexts, batch.seen)
         with torch.no_grad():
             target = self.mixture(targets) if any(map(any, targets)) else None
             fixed = logits(self.model, target, batch, before).float().log_softmax(-1)
@@ -375,7 +387,8 @@ class ExpertModule(lightning.LightningModule):
                 continue
             cases = task.validation[: self.recipe.validation_cases]
             with self.model.using(self.expert(place)):
-                replies = act(self.model, cases, max_new_tokens=self.recipe.max_new_tokens, progress=False)
+                room = self.recipe.max_new_tokens
+                replies = act(self.model, cases, max_new_tokens=room, progress=False, contexts=self.contexts)
             right = [task.skill.verify(case, reply).right for case, reply in zip(cases, replies, strict=True)]
             shares = {
                 key: sum(one for one, case in zip(right, cases, strict=True) if case.positive is due)
@@ -563,8 +576,9 @@ class Run:
                 folder = self.out or Path(scratch)
                 trainer = trainer_of(folder, self.recipe, settings, self.progress)
                 with placed(self.model, trainer):
-                    tasks = self.tasks()
-                    module = self._module(tasks, folder)
+                    contexts = Contexts(self.model, self.invocation, self.recipe.contexts)
+                    tasks = self.tasks(contexts)
+                    module = self._module(tasks, folder, contexts)
                     fit(module, trainer, folder)
                 if self.out is not None and is_rank_zero():
                     draw_learning_curve(metrics(folder), folder / "curve.png")
@@ -603,11 +617,11 @@ class Run:
         library = Library(self.out / "experts")
         return {name: library[name] for name in self.names} if set(library) >= set(self.names) else None
 
-    def tasks(self) -> list[Task]:
+    def tasks(self, contexts: Contexts | None = None) -> list[Task]:
         """Return what every expert learns from."""
-        return [self._task(name, skill) for name, skill in zip(self.names, self.skills, strict=True)]
+        return [self._task(name, skill, contexts) for name, skill in zip(self.names, self.skills, strict=True)]
 
-    def _task(self, name: str, skill: str) -> Task:
+    def _task(self, name: str, skill: str, contexts: Contexts | None) -> Task:
         """Return what an expert learns from: as the folder keeps it, or made now."""
         recipe = self.recipe
         kept = self.out / "examples" / f"{name}.parquet" if self.out is not None else None
@@ -624,8 +638,9 @@ class Run:
             if there:
                 examples = Examples.load(cast(Path, kept), name, cases)
             else:
-                room = recipe.max_new_tokens
-                examples = of_skill(self.model, name, module, cases, max_new_tokens=room, progress=self.progress)
+                pairs = objectives.load(self.objective).COMPLETIONS == "pair"
+                how: dict[str, Any] = {"max_new_tokens": recipe.max_new_tokens, "progress": self.progress}
+                examples = of_skill(self.model, name, module, cases, rejected=pairs, contexts=contexts, **how)
         if kept is not None and not there and is_rank_zero():
             examples.save(kept)
         examples = replace(examples.fitting(self.objective), skill=name)
@@ -642,7 +657,7 @@ class Run:
             return False
         return True
 
-    def _module(self, tasks: Sequence[Task], folder: Path) -> ExpertModule:
+    def _module(self, tasks: Sequence[Task], folder: Path, contexts: Contexts) -> ExpertModule:
         invocation = self.invocation
         for task in tasks if invocation else ():
             for one in task.examples.rows:
@@ -652,14 +667,22 @@ class Run:
                         "the chat template opens a reply and from which activated experts act. For prompts that are no "
                         "chats train with activated=False."
                     )
-        neutrals = self.neutrals(tasks) if self.recipe.neutral else []
+        neutrals = self.neutrals(tasks, contexts) if self.recipe.neutral else []
         module = ExpertModule(
-            self.model, tasks, self.against, self.objective, self.recipe, neutrals, folder, invocation=invocation
+            self.model,
+            tasks,
+            self.against,
+            self.objective,
+            self.recipe,
+            neutrals,
+            folder,
+            invocation=invocation,
+            contexts=contexts,
         )
         module.announces = self.progress and not sys.stderr.isatty()
         return module
 
-    def neutrals(self, tasks: Sequence[Task]) -> list[Neutral]:
+    def neutrals(self, tasks: Sequence[Task], contexts: Contexts | None = None) -> list[Neutral]:
         """Return contexts with the base's own replies: those of all examples, knowing questions of a quarter of them,
         plain talk; and those of frozen experts' skills, with the replies of these experts."""
         found = [
@@ -675,14 +698,15 @@ class Run:
             asked += [("", one) for one in self._plain_talk()]
         end, ends = turn_ends(self.model)
         prompts = [one for _, one in asked]
+        how: dict[str, Any] = {"batch_size": 32, "progress": self.progress, "contexts": contexts}
         with self.model.using(None):
-            said = answers(self.model, prompts, ends, "the base replies", batch_size=32, progress=self.progress)
+            said = answers(self.model, prompts, ends, "the base replies", **how)
         said_of = list(zip(asked, said, strict=True))
         for name, expert in self.against.items():
             if not (theirs := self._prompts_for(expert)):
                 continue
             with self.model.using(expert):
-                said = answers(self.model, theirs, ends, f"{name} replies", batch_size=32, progress=self.progress)
+                said = answers(self.model, theirs, ends, f"{name} replies", **how)
             said_of += [((name, prompt), one) for prompt, one in zip(theirs, said, strict=True)]
         return found + [
             Neutral(owner, prompt.ids, [*one.reply, end] if len(one.reply) < prompt.room else one.reply)

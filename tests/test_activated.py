@@ -22,8 +22,9 @@ from svdexpert import (
     export_lora,
     merge,
 )
-from svdexpert.completions import Batch, Contexts, log_probabilities, logits, prefill, sample
+from svdexpert.completions import Batch, log_probabilities, logits, sample
 from svdexpert.conversation import Prompt, answers, invocation_of
+from svdexpert.forward import Contexts, Forward, prefill
 from svdexpert.layers import active_in
 
 Attach = Callable[..., SpectralModel]
@@ -103,7 +104,7 @@ def test_one_context_serves_every_mixture(model: SpectralModel, rows: Tensor) ->
     expert = activated(model)
     offsets = torch.stack([weight * expert.flat(model.basis) for weight in (1.0, 0.5, -1.0, 0.0)]).requires_grad_()
     mixture = Mixture(offsets, invocation=OPENS)
-    before = prefill(model, batch, OPENS)
+    before = prefill(model, batch.contexts, batch.seen, OPENS)
     assert before is not None
     assert before.get_seq_length() == min(STARTS)
     kept = [layer.keys.clone() for layer in before.layers]
@@ -125,12 +126,12 @@ def test_a_context_is_read_once_and_alone(name: str, attached: Attach, rows: Ten
     """Kept contexts give what reading them together gives, in any batch, and the same bits every time."""
     model = attached(name)
     prompts = [[*row[: 3 * place + 2].tolist(), *OPENS] for place, row in enumerate(rows)]
-    contexts = Contexts(model, OPENS, 2**20)
+    contexts = Contexts(model, OPENS)
     expert = activated(model)
 
     def scored(some: list[list[int]], before: object) -> Tensor:
         batch = Batch.of(some, [[[5, 6, 2], [7, 2]]] * len(some), torch.device("cpu"))
-        cache = contexts.before(batch) if before is contexts else before
+        cache = contexts.before(batch.contexts, batch.seen) if before is contexts else before
         with torch.no_grad():
             return log_probabilities(logits(model, model.mixture(expert), batch, cache), batch)  # type: ignore[arg-type]
 
@@ -141,7 +142,8 @@ def test_a_context_is_read_once_and_alone(name: str, attached: Attach, rows: Ten
     assert torch.equal(scored(prompts, contexts), first)
     torch.testing.assert_close(scored(prompts[::-1][:2], contexts), first[[3, 2]], atol=1e-4, rtol=1e-4)
     full = Contexts(model, OPENS, 0)
-    full.before(Batch.of(prompts, [[[2]]] * 4, torch.device("cpu")))
+    batch = Batch.of(prompts, [[[2]]] * 4, torch.device("cpu"))
+    full.before(batch.contexts, batch.seen)
     assert not full.kept
 
 
@@ -164,6 +166,31 @@ def test_evaluation_and_sampling_read_contexts_as_the_base(
     numbers = torch.full((3, 1, 4), 1e-9)
     alone = sample(model, Mixture(expert.flat(model.basis), invocation=OPENS), contexts[1:2], numbers[1:2], set())
     assert sample(model, Mixture(expert.flat(model.basis), invocation=OPENS), contexts, numbers, set())[1] == alone[0]
+
+
+def test_many_mixtures_answer_behind_contexts_that_are_read_once(
+    model: SpectralModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, read = Contexts(model, OPENS), []
+    computed = Forward._run
+    monkeypatch.setattr(
+        Forward, "_run", lambda self, ids, *a, **k: read.append(ids.numel()) or computed(self, ids, *a, **k)
+    )
+    prompts = [Prompt([*range(3, 3 + length), *OPENS], [[5, 6], [7]], 4) for length in (40, 31, 52)]
+    for place, one in enumerate([None, activated(model), activated(model, seed=2), Expert.random(model.basis)]):
+        with model.using(one):
+            wanted = answers(model, prompts, set(), "", batch_size=2, progress=False)
+            read.clear()
+            found = answers(model, prompts, set(), "", batch_size=2, progress=False, contexts=kept)
+        assert [answer.reply for answer in found] == [answer.reply for answer in wanted]
+        for ours, theirs in zip(found, wanted, strict=True):
+            for some, others in zip(ours.scores, theirs.scores, strict=True):
+                torch.testing.assert_close(torch.tensor(some), torch.tensor(others), atol=1e-4, rtol=1e-4)
+        contexts_read = [count for count in read if count in (40, 31, 52)]
+        assert len(contexts_read) == (3 if place == 0 else 0) or place == 3  # that one acts on all tokens
+    assert kept.serves(OPENS)
+    assert kept.serves(None)
+    assert not kept.serves(())
 
 
 def test_peft_applies_an_activated_lora_from_the_same_token_on(

@@ -11,7 +11,7 @@ from conftest import tiny
 from peft import LoraConfig, get_peft_model
 
 from benchmarks import compose, grid, objectives, register
-from benchmarks.grid import Grid
+from benchmarks.grid import Grid, Job, losses
 from benchmarks.lora_bank import LoraBank, LoraMixture
 from svdexpert import SpectralModel, skills, worlds
 from svdexpert.decision import Asked, Context
@@ -34,6 +34,29 @@ def test_a_run_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not opened.find(skill="call", seed=1)
     monkeypatch.setattr(grid, "weights", lambda: "others")
     assert not Grid.open("some", {}).rows  # a run on other weights of harbor says nothing about these
+
+
+def square(value: int) -> dict[str, Any]:
+    if value < 0:
+        raise ValueError("no square")
+    return {"square": value * value}
+
+
+def test_runs_are_shared_out_and_kept_as_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "RESULTS", tmp_path)
+    opened = Grid.open("some", {})
+    opened.once({"value": 2}, square, value=2)
+    with pytest.raises(ValueError, match="no square"):
+        opened.all([Job({"value": value}, square, {"value": value}) for value in (2, 3, -1)], workers=1)
+    again = Grid.open("some", {})
+    assert sorted(row["square"] for row in again.rows) == [4, 9]
+
+
+def test_a_loss_is_the_largest_fall() -> None:
+    before = {"call": {"doing": 0.9, "controls": 1.0, "knowing": 0.5}}
+    after = {"call": {"doing": 0.8, "controls": 1.0, "knowing": 0.6}}
+    found = losses(before, after, ["call"])
+    assert found == {"doing_call": 0.1, "controls_call": 0.0, "knowing_call": -0.1, "max": 0.1}
 
 
 def test_a_bank_of_adapters_is_what_peft_computes() -> None:
@@ -75,10 +98,10 @@ def test_parts_of_skills_are_even_and_of_their_kind() -> None:
         families |= called
 
 
-def test_the_best_objective_is_chosen_in_validation() -> None:
+def test_the_best_objective_is_chosen_in_validation(tmp_path: Path) -> None:
     def row(objective: str, validation: float, doing: float) -> dict[str, Any]:
         run = {"skill": "clarify", "objective": objective, "seed": 0, "n": 2, "explores": ""}
-        same = dict.fromkeys(("controls", "knowing_change", "drift", "seconds"), 1.0)
+        same = dict.fromkeys(("controls", "knowing_change", "drift"), 1.0)
         return {
             "run": run,
             "validation": validation,
@@ -89,7 +112,7 @@ def test_the_best_objective_is_chosen_in_validation() -> None:
             **same,
         }
 
-    found = objectives.figures([row("sft", 0.9, 0.6), row("dpo", 0.8, 0.7)])
+    found = objectives.figures(Grid(tmp_path / "some.json", [row("sft", 0.9, 0.6), row("dpo", 0.8, 0.7)], {}, {}))
     assert found["best_doing_clarify"] == 0.6
     assert found["doing_clarify_dpo"] == 0.7
 

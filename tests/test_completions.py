@@ -48,7 +48,7 @@ def test_gradients_flow_through_the_shared_context_and_through_recomputed_layers
 
     shared = gradient()
     torch.testing.assert_close(shared, gradient(recompute=True), atol=1e-4, rtol=1e-4)
-    monkeypatch.setattr(completions, "_differentiable_cache", lambda _: False)
+    monkeypatch.setattr(completions, "differentiable_cache", lambda _: False)
     torch.testing.assert_close(shared, gradient(), atol=1e-4, rtol=1e-4)
     assert not any("forward" in vars(one) for one in model.hf.modules())
 

@@ -35,6 +35,7 @@ ORDER = [
     "model",
     "export",
     "statistics",
+    "forward",
     "conversation",
     "evaluate",
     "report",

@@ -29,11 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdexpert.conversation import (
-    Forward,
     answers,
     context_of,
     continuation,
-    left_padded,
     prompt_of,
     tokenizer_of,
     turn_ends,
@@ -43,6 +41,7 @@ from svdexpert.conversation import fit as fit_to
 from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
 from svdexpert.errors import DispatchError, did_you_mean
 from svdexpert.expert import Expert
+from svdexpert.forward import Forward, left_padded
 from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
 from svdexpert.registry import member, members

@@ -20,12 +20,13 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from svdexpert.completions import Batch, log_probabilities, logits, prefill
+from svdexpert.completions import Batch, log_probabilities, logits
 from svdexpert.conversation import as_message, completion, prompt_of, tokenizer_of, turn_ends
 from svdexpert.decision import Asked, Decision, present
 from svdexpert.dispatch import Example
 from svdexpert.errors import DispatchError
 from svdexpert.expert import Expert, offset_shapes
+from svdexpert.forward import prefill
 from svdexpert.mixture import Bank, Mixture
 from svdexpert.model import SpectralModel
 
@@ -172,7 +173,7 @@ def loss_of(model: SpectralModel, bank: Bank, shots: Sequence[Example]) -> Calla
         for one, reply in zip(shots, replies, strict=True)
     ]
     batch = Batch.of(prompts, [[reply] for reply in replies], bank.offsets.device)
-    before = prefill(model, batch, bank.invocation)
+    before = prefill(model, batch.contexts, batch.seen, bank.invocation)
 
     def loss(offsets: Tensor) -> Tensor:
         mixture = Mixture(offsets, bank.core, bank.basis, bank.invocation)
