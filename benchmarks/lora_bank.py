@@ -35,6 +35,10 @@ class LoraMixture:
     weights: Tensor
     numbers: Tensor
 
+    def items(self) -> list[tuple[str, float]]:
+        """Return which adapters speak at what weight, as results name them."""
+        return [(f"adapter {place}", weight) for place, weight in enumerate(self.weights[0].tolist()) if weight]
+
     def repeated(self, times: int) -> LoraMixture:
         return LoraMixture(self.weights.repeat_interleave(times, 0), self.numbers)
 

@@ -28,7 +28,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.grid import Grid, Job, bench, estimates, losses, mean, shares
+from benchmarks.grid import Bench, Grid, Job, bench, estimates, losses, mean, shares
 from benchmarks.objectives import recipe_of
 from benchmarks.training_costs import ROWS, dpo_memory, four_in_one_batch
 from svdexpert import Recipe, SpectralModel
@@ -95,12 +95,19 @@ def peer(model: SpectralModel, kind: str) -> Peer:
 
 
 class PeerModule(ExpertModule):
-    """An adapter in training, where the library trains offsets: the same rows and loss, in the same loop."""
+    """An adapter in training, where the library trains offsets: the same rows and loss, in the same loop.
 
-    def __init__(self, one: Peer, task: Task, recipe: Recipe, run: Run, folder: Path, contexts: Contexts) -> None:
-        neutrals = run.neutrals([task], contexts)
+    One adapter may learn several tasks; then no task's context is neutral.
+    """
+
+    def __init__(
+        self, one: Peer, tasks: Sequence[Task], recipe: Recipe, run: Run, folder: Path, contexts: Contexts
+    ) -> None:
+        neutrals = run.neutrals(tasks, contexts)
+        if len(tasks) > 1:
+            neutrals = [one for one in neutrals if not one.owner]
         how: dict[str, Any] = {"invocation": contexts.invocation, "contexts": contexts}
-        super().__init__(run.model, [task], {}, OBJECTIVE, recipe, neutrals, folder, **how)
+        super().__init__(run.model, tasks, {}, OBJECTIVE, recipe, neutrals, folder, **how)
         self.model, self.peer = cast(SpectralModel, one), one
 
     @property
@@ -114,13 +121,12 @@ class PeerModule(ExpertModule):
         torch.nn.utils.clip_grad_norm_(self.peer.parameters, self.recipe.clip)
 
 
-def adapter(kind: str, skill: str, seed: int, n: int, rate: float, base: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Train an adapter on a skill; measure it in validation, or on held-out cases beside the base."""
-    on = bench(n)
-    recipe = recipe_of(skill, OBJECTIVE, seed=seed, learning_rate=rate, score_cases=0, validation_cases=0)
+def trained_on(on: Bench, kind: str, skills: Sequence[str], seed: int, rate: float) -> Peer:
+    """Return harbor with an adapter that was trained on skills."""
+    recipe = recipe_of(skills[0], OBJECTIVE, seed=seed, learning_rate=rate, score_cases=0, validation_cases=0)
     run = Run(
         model=on.model,
-        skills=[skill],
+        skills=skills,
         objective=OBJECTIVE,
         recipe=recipe,
         world=on.town,
@@ -128,12 +134,19 @@ def adapter(kind: str, skill: str, seed: int, n: int, rate: float, base: Mapping
         out=None,
         progress=False,
     )
-    [task] = run.tasks(on.contexts)
+    tasks = run.tasks(on.contexts)
     torch.manual_seed(seed)
-    one, active = peer(on.model, kind), Adapter(adapter=1.0)
+    one = peer(on.model, kind)
     with TemporaryDirectory() as folder:
-        module = PeerModule(one, task, recipe, run, Path(folder), on.contexts)
+        module = PeerModule(one, tasks, recipe, run, Path(folder), on.contexts)
         fit(module, trainer_of(Path(folder), recipe, {}, progress=False), Path(folder))
+    return one
+
+
+def adapter(kind: str, skill: str, seed: int, n: int, rate: float, base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Train an adapter on a skill; measure it in validation, or on held-out cases beside the base."""
+    on = bench(n)
+    one, active = trained_on(on, kind, [skill], seed, rate), Adapter(adapter=1.0)
     numbers = {"numbers": sum(number.numel() for number in one.parameters), "rate": rate}
     if base is None:
         return numbers | {"validation": on.right(skill, seed, active, one)}

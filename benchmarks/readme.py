@@ -49,9 +49,17 @@ COMPOSED = {
     "library": ("three experts, trained to compose", "sum_loss_max"),
     "without mixing": ("the same without mixture dropout", "without_mixing_sum_loss_max"),
     "without neutral": ("the same without neutral rows", "without_neutral_sum_loss_max"),
+    "without penalty": ("the same without the penalty", "without_penalty_sum_loss_max"),
     "lora": ("three LoRA r4, trained to compose", "lora_sum_loss_max"),
     "eight": ("eight experts, trained to compose", "sum8_loss_max"),
 }
+
+
+REGISTER = (
+    *("base", "uniform", "best_single", "sum", "bag_of_words", "prompt", "classify", "router", "oracle"),
+    *("system_prompt", "steering", "steering_by_hand", "linear", "ties", "dare_ties", "Arrow", "multi-task_LoRA"),
+)
+"""Rows of the register's table: strategies, then peers."""
 
 
 def number(value: float) -> str:
@@ -104,7 +112,7 @@ def objectives_table(results: dict[str, Any]) -> str:
     """Return the table of objectives.json: what every objective makes of a skill."""
     figures = results["figures"]
     lines = [
-        "| skill, objective | doing | controls | knowing | real dialogues, doing / controls | perplexity | seconds |",
+        "| skill, objective | doing | controls | knowing | real dialogues, doing / controls | drift, nats | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for skill in SKILLS:
@@ -117,7 +125,7 @@ def objectives_table(results: dict[str, Any]) -> str:
             real = "" if of["sgd_doing"] is None else f"{of['sgd_doing']:.2f} / {of['sgd_controls']:.2f}"
             lines.append(
                 f"| {skill}, {objective} | {of['doing']:.2f} | {of['controls']:.2f} | {of['knowing_change']:+.2f} | "
-                f"{real} | x{of['drift']:.3f} | {of['seconds']:.0f} |"
+                f"{real} | {of['drift']:+.3f} | {of['seconds']:.0f} |"
             )
     return "\n".join(lines)
 
@@ -125,11 +133,11 @@ def objectives_table(results: dict[str, Any]) -> str:
 def peers_table(results: dict[str, Any]) -> str:
     """Return the table of peers.json: adapters on the same data in the same steps."""
     figures = results["figures"]
-    lines = ["| adapter | numbers | doing | controls | perplexity |", "|---|---|---|---|---|"]
+    lines = ["| adapter | numbers | doing | controls | drift, nats |", "|---|---|---|---|---|"]
     for kind in PEERS:
         of = [figures.get(f"{key}_{kind}") for key in ("numbers", "doing", "controls", "drift")]
         if None not in of:
-            lines.append("| {} | {:.0f} | {:.2f} | {:.2f} | x{:.3f} |".format(PEERS[kind], *of))
+            lines.append("| {} | {:.0f} | {:.2f} | {:.2f} | {:+.3f} |".format(PEERS[kind], *of))
     return "\n".join(lines)
 
 
@@ -144,6 +152,22 @@ def compose_table(results: dict[str, Any]) -> str:
             continue
         cells = ["{:.2f} -> {:.2f}".format(*pair) for pair in pairs]
         lines.append(f"| {what} | {' | '.join(cells)} | {figures[loss]:.2f} |")
+    return "\n".join(lines)
+
+
+def register_table(results: dict[str, Any]) -> str:
+    """Return the table of register.json: right decisions, and success by kind of context."""
+    figures = results["figures"]
+    kinds = ["needs_clarifying", "false_claim", "true_claim", "complete_request", "no_tool_serves", "plain_question"]
+    names = [one.replace("_", " ") for one in kinds]
+    lines = [f"| who speaks | right sets | {' | '.join(names)} | composite |", "|" + "---|" * (len(kinds) + 3)]
+    for key in REGISTER:
+        if f"composite_{key}" not in figures:
+            continue
+        right = figures.get(f"accuracy_{key}")
+        cells = ["" if right is None else f"{right:.2f}"]
+        cells += [f"{figures[f'success_{kind}_{key}']:.2f}" for kind in kinds] + [f"{figures[f'composite_{key}']:.2f}"]
+        lines.append(f"| {key.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -167,6 +191,7 @@ TABLES = {
     "objectives": lambda results: objectives_table(results) + "\n\n" + bars_table(results),
     "peers": lambda results: peers_table(results) + "\n\n" + bars_table(results),
     "compose": lambda results: compose_table(results) + "\n\n" + bars_table(results),
+    "register": lambda results: register_table(results) + "\n\n" + bars_table(results),
 }
 
 

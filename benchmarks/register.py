@@ -1,13 +1,15 @@
 """Register: does a dispatcher let the right experts speak, what does that do, and what does it cost?
 
-    python -m benchmarks.register [--seeds 3] [--n 100]
+    python -m benchmarks.register [--seeds 3] [--n 100] [--workers 2]
 
-A held-out suite in equal parts (KINDS), n contexts each. A decision is the set of experts with a weight of at least one
-half; RIGHT says which sets are right in a kind. Success is the verdict of the kind's skill on the reply. Every finished
-run is one row of benchmarks/results/register.json; rows that are there are not run again.
+A held-out suite (benchmarks/suite.py) in equal parts, n contexts each, answered by the experts of configs/train/
+library.yaml under every strategy, and by what else could switch or merge skills (benchmarks/register_peers.py). Every
+finished run is one row of benchmarks/results/register.json; rows that are there are not run again.
 
     accuracy_, composite_, worst_loss_, calibration_error_     by strategy, means over seeds: right decisions; success
                         on composites; the largest fall of success in a kind from the base; of their confidence
+    composite_margin    success on composites, routed, less that of the best peer but the multi-task LoRA
+    composite_over_multitask            the same over the multi-task LoRA's
     regret_             success of the oracle (the first set of RIGHT) less that of the strategy, mean over kinds
     router_ms           milliseconds a prompt that a router adds to one token from the same mixture given by hand
     routed_over_fixed, routed_over_base     time of 64 tokens, routed over given by hand, over the base
@@ -22,13 +24,15 @@ run is one row of benchmarks/results/register.json; rows that are there are not 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, ClassVar
@@ -39,32 +43,23 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.compose import OBJECTIVE, recipe
-from benchmarks.grid import RESULTS, Grid, harbor, library_of, mean
-from svdexpert import Expert, SpectralModel, worlds
+from benchmarks.grid import RESULTS, RUNS, Bench, Grid, Job, bench, library_of, mean
+from benchmarks.register_peers import PEERS, peer_success
+from benchmarks.suite import KINDS, RIGHT, Item, replies, success, suite
+from svdexpert import Expert, SpectralModel
 from svdexpert.cli import run_command
 from svdexpert.conversation import continuation, render, tokenizer_of
 from svdexpert.decision import Asked, Context, Decision, Dispatcher
 from svdexpert.dialogue import Conversation, Policy, next_token_divergence
-from svdexpert.dispatch import Example, decide, examples_of, fit
+from svdexpert.dispatch import Example, decide, examples_of, fit, open_file, save_dispatcher, stamp
 from svdexpert.dispatch.fewshot import search
-from svdexpert.dispatch.router import excluding, guessed_pairs, labels, probabilities, regressions
-from svdexpert.evaluate import FAMILIES, act, judge, normalised
+from svdexpert.dispatch.router import guessed_pairs, kinds_of_pairs, labels, probabilities, regressions
+from svdexpert.evaluate import FAMILIES, judge
 from svdexpert.forward import Forward
-from svdexpert.skills import Case, load
+from svdexpert.skills import load
 from svdexpert.storage import whole_file
-from svdexpert.worlds import Split, World, assistant
+from svdexpert.worlds import World, assistant
 
-NOBODY: frozenset[str] = frozenset()
-RIGHT: dict[str, tuple[frozenset[str], ...]] = {
-    "needs clarifying": (frozenset({"clarify"}),),
-    "false claim": (frozenset({"disagree"}),),
-    "true claim": (NOBODY, frozenset({"disagree"})),
-    "complete request": (frozenset({"call"}),),
-    "no tool serves": (NOBODY, frozenset({"call"})),
-    "plain question": (NOBODY,),
-    "composite": (frozenset({"clarify", "disagree"}),),
-}
-KINDS = tuple(RIGHT)
 LABELS = {
     "clarify": "a question for a detail that is missing",
     "disagree": "a correction, because what the user says is false",
@@ -75,53 +70,14 @@ BARS: dict[str, tuple[str, float]] = {
     "router_ms": ("<=", 0.4),
     "routed_over_fixed": ("<=", 1.05),
     "router_regret": ("<=", 0.02),
+    "composite_margin": (">=", 0.10),
+    "composite_over_multitask": (">=", 0.95),
     "abstain_exact": (">=", 0.98),
     "switch_loss": ("<=", 0.02),
     "reuse_speedup": (">=", 5.0),
     "reuse_kl": ("<=", 0.05),
     "fewshot_evals_ratio": (">=", 20.0),
 }
-
-
-@dataclass(frozen=True)
-class Item:
-    """One context of the suite.
-
-    Attributes:
-        kind: of KINDS.
-        case: its conversation and tools; its skill's verdict says whether a reply is right.
-    """
-
-    kind: str
-    case: Case
-
-    @property
-    def context(self) -> Context:
-        return Context(self.case.messages, self.case.tools)
-
-    def right(self, reply: str) -> bool:
-        if self.kind == "plain question":
-            return normalised(reply) == normalised(self.case.knowing.answer)
-        return load(self.case.skill).verify(self.case, reply).right
-
-
-def suite(world: World, split: Split, n: int, seed: int = 0) -> list[Item]:
-    """Return n contexts of every kind."""
-    drawn = {name: load(name).cases(world, split, 2 * n, seed=seed) for name in (*FAMILIES, "composite")}
-    parts = {
-        "needs clarifying": [one for one in drawn["clarify"] if one.positive],
-        "false claim": [one for one in drawn["disagree"] if one.positive],
-        "true claim": [one for one in drawn["disagree"] if not one.positive],
-        "complete request": [one for one in drawn["call"] if one.positive],
-        "no tool serves": [one for one in drawn["call"] if not one.positive],
-        "plain question": [
-            replace(one, messages=one.knowing.messages, tools=one.knowing.tools)
-            for name in FAMILIES
-            for one in drawn[name][: -(-n // len(FAMILIES))]
-        ],
-        "composite": [one for one in drawn["composite"] if one.positive],
-    }
-    return [Item(kind, case) for kind in KINDS for case in parts[kind][:n]]
 
 
 # --- strategies
@@ -180,16 +136,19 @@ def counts(contexts: Sequence[Context], words: Mapping[str, int]) -> Tensor:
     return table
 
 
-def bag_of_words(examples: Sequence[Example], names: tuple[str, ...]) -> BagOfWords:
+def bag_of_words(examples: Sequence[Example], names: tuple[str, ...], together: Any = None) -> BagOfWords:
     """Fit a bag-of-words router as the router is fitted, guessed pairs included."""
     seen = Counter(word for one in examples for word in words_of(one.context))
     words = {word: place for place, word in enumerate(sorted(word for word, count in seen.items() if count > 1))}
     states, wanted = counts([one.context for one in examples], words).double(), labels(examples, names)
-    mixed, both = guessed_pairs(states, wanted, excluding(examples), names, 1.0, 0)
+    mixed, both = guessed_pairs(states, wanted, kinds_of_pairs(examples, names, together), 3.0, 0)
     weight, bias = regressions(torch.cat([states, mixed]), torch.cat([wanted, both]), 1e-4)
     return BagOfWords(words, weight.float(), bias.float(), names)
 
 
+TOGETHER = [["clarify", "disagree"]]
+ROUTER = {"together": TOGETHER, "pairs": 3.0}
+"""Settings of the router, as in configs/dispatch/router.yaml."""
 RULES = {"base": "none", "uniform": "uniform", "sum": "sum", "best single": "best"}
 STRATEGIES = (*RULES, "bag of words", "prompt", "classify", "router")
 
@@ -199,16 +158,28 @@ class Seed:
     """What a seed is measured with, made where it is needed.
 
     Attributes:
-        model: harbor, attached.
-        world: the town.
-        items: the suite.
         seed: of training, and of the examples that dispatchers are fitted on.
+        n: contexts of every kind.
     """
 
-    model: SpectralModel
-    world: World
-    items: Sequence[Item]
     seed: int
+    n: int
+
+    @property
+    def on(self) -> Bench:
+        return bench(2)
+
+    @property
+    def model(self) -> SpectralModel:
+        return self.on.model
+
+    @property
+    def world(self) -> World:
+        return self.on.town
+
+    @cached_property
+    def items(self) -> list[Item]:
+        return suite(self.world, "heldout", self.n)
 
     @cached_property
     def library(self) -> Mapping[str, Expert]:
@@ -218,7 +189,7 @@ class Seed:
     def oracle(self) -> dict[str, float]:
         """Success by kind, under the mixtures that are right."""
         weights = [dict.fromkeys(RIGHT[one.kind][0], 1.0) for one in self.items]
-        return success(self.items, replies(self.model, self.library, self.items, weights))
+        return success(self.items, replies(self.on, self.library, self.items, weights))
 
     @cached_property
     def examples(self) -> tuple[list[Example], list[Example]]:
@@ -228,52 +199,55 @@ class Seed:
 
     @cached_property
     def router(self) -> Dispatcher:
-        return fit("router", self.model, self.library, *self.examples)
+        """Fitted once for all processes."""
+        made_for = json.dumps(stamp(self.model, tuple(self.library), self.library), sort_keys=True)
+        file = RUNS / f"router-{self.seed}-{hashlib.sha256(made_for.encode()).hexdigest()[:12]}.safetensors"
+        if not file.exists():
+            save_dispatcher(fit("router", self.model, self.library, *self.examples, **ROUTER), file)
+        return open_file(file)
 
     def dispatcher(self, name: str) -> Dispatcher:
         """Return one of STRATEGIES."""
         train, held = self.examples
         of = (self.model, self.library, train, held)
         if name == "bag of words":
-            return bag_of_words(train, tuple(self.library))
+            return bag_of_words(train, tuple(self.library), TOGETHER)
         if name in RULES:
             return fit("fixed", *of, rule=RULES[name])
         if name == "router":
             return self.router
+        if name == "classify":  # trained on a quarter: every example is a context to be read
+            return fit(name, self.model, self.library, train[::4], held, labels=LABELS)
         return fit(name, *of, labels=LABELS)
 
 
-def replies(
-    model: SpectralModel, library: Mapping[str, Expert], items: Sequence[Item], weights: Sequence[Mapping[str, float]]
-) -> list[str]:
-    """Return the greedy reply to every context under its own weights."""
-    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-    for place, one in enumerate(weights):
-        groups.setdefault(tuple(sorted((name, weight) for name, weight in one.items() if weight)), []).append(place)
-    found: dict[int, str] = {}
-    for mixture, places in groups.items():
-        with model.using(dict(mixture) or None, library):
-            said = act(model, [items[place].case for place in places], progress=False)
-        found.update(zip(places, said, strict=True))
-    return [found[place] for place in range(len(items))]
+@lru_cache(maxsize=1)
+def of_seed(seed: int, n: int) -> Seed:
+    """Return what this process measures a seed with."""
+    return Seed(seed, n)
 
 
-def success(items: Sequence[Item], said: Sequence[str]) -> dict[str, float]:
-    """Return the share of right replies by kind."""
-    return {
-        kind: fmean(one.right(reply) for one, reply in zip(items, said, strict=True) if one.kind == kind)
-        for kind in KINDS
-    }
+def base_row(n: int) -> dict[str, Any]:
+    """Return what the base does in the suite."""
+    of = of_seed(0, n)
+    said = replies(of.on, {}, of.items, [{}] * len(of.items))
+    return {"success": success(of.items, said), "said": said}
 
 
-def measured(of: Seed, dispatcher: Dispatcher, base: Sequence[str]) -> dict[str, Any]:
+def oracle(seed: int, n: int) -> dict[str, Any]:
+    """Return what the mixtures do that are right."""
+    return {"success": of_seed(seed, n).oracle}
+
+
+def measured(seed: int, n: int, name: str, base: Sequence[str]) -> dict[str, Any]:
     """Return the row of a strategy, beside the replies of the base."""
-    model, library, items, oracle = of.model, of.library, of.items, of.oracle
+    of = of_seed(seed, n)
+    model, library, items, oracle, dispatcher = of.model, of.library, of.items, of.oracle, of.dispatcher(name)
     started = time.perf_counter()
     decisions = decide(dispatcher, model, [one.context for one in items], library)
     seconds = time.perf_counter() - started
     right = [made.chosen in RIGHT[one.kind] for one, made in zip(items, decisions, strict=True)]
-    said = replies(model, library, items, [one.weights for one in decisions])
+    said = replies(of.on, library, items, [one.weights for one in decisions])
     made, before = success(items, said), success(items, base)
     pairs = zip(items, decisions, strict=True)
     confusion = Counter((one.kind, " + ".join(sorted(made.chosen)) or "nobody") for one, made in pairs)
@@ -297,8 +271,9 @@ def measured(of: Seed, dispatcher: Dispatcher, base: Sequence[str]) -> dict[str,
 # --- what it costs
 
 
-def costs(of: Seed) -> dict[str, Any]:
+def costs(seed: int, n: int) -> dict[str, Any]:
     """Return times of 16 prompts in one batch: routed, with the same mixtures given by hand, and by the base."""
+    of = of_seed(seed, n)
     model, library, router = of.model, of.library, of.router
     some = [one.case for one in of.items if one.kind in ("needs clarifying", "false claim", "complete request")][::7][
         :16
@@ -346,8 +321,9 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], times: int) -> dict[str,
 # --- dialogues that are switched in the middle
 
 
-def switched(of: Seed) -> dict[str, Any]:
+def switched(seed: int, n: int) -> dict[str, Any]:
     """Return what becomes of a second turn that needs other experts than the first."""
+    of = of_seed(seed, n)
     model, library, router = of.model, of.library, of.router
     by_kind = {kind: [one for one in of.items if one.kind == kind] for kind in KINDS}
     turns = [
@@ -406,8 +382,9 @@ def divergence(model: SpectralModel, library: Mapping[str, Expert], talk: Conver
     return float(next_token_divergence(refilled, reused).mean())
 
 
-def next_token_times(of: Seed, tokens: int) -> dict[str, float]:
+def next_token_times(seed: int, n: int, tokens: int) -> dict[str, float]:
     """Return milliseconds to the next token behind so many tokens of history, after a switch."""
+    of = of_seed(seed, n)
     model, library = of.model, of.library
     tokenizer = tokenizer_of(model)
     messages: list[Any] = []
@@ -447,11 +424,12 @@ def next_token_times(of: Seed, tokens: int) -> dict[str, float]:
 # --- few shots
 
 
-def few_shots(of: Seed) -> dict[str, Any]:
+def few_shots(seed: int, n: int) -> dict[str, Any]:
     """Return how many passes over ten shots, positives of the three skills, both methods need to the same loss."""
+    of = of_seed(seed, n)
     drawn = [one for name in FAMILIES for one in load(name).cases(of.world, "train", 8, seed=of.seed)]
     cases = [one for one in drawn if one.positive][:10]
-    shots = [Example(Context(one.messages, one.tools), NOBODY, reply=one.gold[0]) for one in cases]
+    shots = [Example(Context(one.messages, one.tools), frozenset(), reply=one.gold[0]) for one in cases]
     found: dict[str, Any] = {}
     for by_matrix, end in ((True, ""), (False, "_by_expert")):
         ours = search(of.model, of.library, shots, by_matrix=by_matrix, evaluations=40)
@@ -481,6 +459,17 @@ def figures(grid: Grid) -> dict[str, float]:
         for kind in KINDS:
             found[f"success_{kind.replace(' ', '_')}_{name}"] = mean([row["success"] for row in rows], kind)
         found[f"composite_{name}"] = found.pop(f"success_composite_{name}")
+    peers = {row["run"]["peer"] for row in grid.rows if "peer" in row["run"]}
+    for peer in sorted(peers):
+        rows = grid.find(peer=peer)
+        for kind in KINDS:
+            some = [row["success"] for row in rows if kind in row["success"]]
+            found[f"success_{kind.replace(' ', '_')}_{peer}".replace(" ", "_")] = mean(some, kind)
+        found[f"composite_{peer}".replace(" ", "_")] = mean([row["success"] for row in rows], "composite")
+    routed = found.get("composite_router", math.nan)
+    rest = [found[f"composite_{peer}".replace(" ", "_")] for peer in peers - {"multi-task LoRA"}]
+    found["composite_margin"] = routed - max(rest, default=math.nan)
+    found["composite_over_multitask"] = routed / found.get("composite_multi-task_LoRA", math.nan)
     for name in ("accuracy", "regret"):
         found[f"router_{name}"] = found.get(f"{name}_router", math.nan)
     found["abstain_exact"] = mean(grid.find(strategy="router"), "abstain_exact")
@@ -520,32 +509,34 @@ def draw_confusion(grid: Grid, path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def main(seeds: int = 3, n: int = 100) -> None:
+def main(seeds: int = 3, n: int = 100, workers: int = 2) -> None:
     """Run what has not been run, and print the table.
 
     Args:
         seeds: of training.
         n: held-out contexts of every kind.
+        workers: processes of one thread that share the runs.
     """
-    grid = Grid.open("register", BARS)
-    town, model = worlds.load("town"), harbor()
-    items = suite(town, "heldout", n)
-    base = replies(model, {}, items, [{}] * len(items))
-    for seed in range(seeds):
-        of = Seed(model, town, items, seed)
-        wanted = {"seed": seed, "n": n}
-        grid.once({"strategy": "oracle", **wanted}, lambda of=of: {"success": of.oracle})
-        for name in STRATEGIES:
-            run = {"strategy": name, **wanted}
-            grid.once(run, lambda of=of, name=name: measured(of, of.dispatcher(name), base))
-        grid.once({"what": "switched", **wanted}, lambda of=of: switched(of))
-        grid.once({"what": "few shots", **wanted}, lambda of=of: few_shots(of))
-        if seed == 0:
-            grid.once({"what": "costs", **wanted}, lambda of=of: costs(of))
-            for tokens in (512, 960):
-                run = {"what": "next token", "tokens": tokens, **wanted}
-                grid.once(run, lambda of=of, tokens=tokens: next_token_times(of, tokens))
-        grid.write(figures(grid))
+    grid, every = Grid.open("register", BARS), range(seeds)
+    base = grid.once({"what": "base", "n": n}, base_row, n=n)["said"]
+
+    def job(make: Callable[..., Any], seed: int, run: Mapping[str, Any], **given: Any) -> Job:
+        return Job({**run, "seed": seed, "n": n}, make, {"seed": seed, "n": n, **given})
+
+    grid.all([job(oracle, seed, {"strategy": "oracle"}) for seed in every], workers)  # trains the libraries
+    grid.all([job(measured, seed, {"strategy": "router"}, name="router", base=base) for seed in every], workers)
+    jobs = [job(switched, seed, {"what": "switched"}) for seed in every]
+    for name in STRATEGIES:
+        jobs += [job(measured, seed, {"strategy": name}, name=name, base=base) for seed in every]
+    jobs += [job(few_shots, seed, {"what": "few shots"}) for seed in every]
+    grid.all(jobs, workers)
+    grid.write(figures(grid))
+    for name in PEERS:
+        grid.all([job(peer_success, seed, {"peer": name}, name=name) for seed in every], workers)
+    alone = {"seed": 0, "n": n}
+    grid.once({"what": "costs", **alone}, costs, **alone)
+    for tokens in (512, 960):
+        grid.once({"what": "next token", "tokens": tokens, **alone}, next_token_times, tokens=tokens, **alone)
     found = figures(grid)
     grid.write(found)
     draw_confusion(grid, RESULTS / "register.png")

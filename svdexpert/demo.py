@@ -55,7 +55,8 @@ def run(folder: Path, n: int = 64, data: str | None = None, recipe: Recipe = REC
     if not file.exists():
         seen = examples_of(FAMILIES, town, "train", examples)
         held = examples_of(FAMILIES, town, "validation", examples // 2)
-        save_dispatcher(fit("router", model, library, seen, held), file)
+        together = [["clarify", "disagree"]]  # a reply can correct and ask; a call stands alone
+        save_dispatcher(fit("router", model, library, seen, held, together=together, pairs=3.0), file)
     router = open_file(file)
     asked = examples_of(FAMILIES, town, "heldout", n)
     decisions = decide(router, model, [one.context for one in asked], library)

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import compose, grid, objectives, register
+from benchmarks import compose, grid, objectives, register, suite
 from benchmarks.grid import Grid, Job, losses
 from benchmarks.lora_bank import LoraBank, LoraMixture
 from svdexpert import SpectralModel, skills, worlds
@@ -118,8 +118,8 @@ def test_the_best_objective_is_chosen_in_validation(tmp_path: Path) -> None:
 
 
 def test_a_suite_has_equal_parts_and_knows_what_is_right() -> None:
-    items = register.suite(worlds.load("town"), "validation", 4)
-    assert [one.kind for one in items] == [kind for kind in register.KINDS for _ in range(4)]
+    items = suite.suite(worlds.load("town"), "validation", 4)
+    assert [one.kind for one in items] == [kind for kind in suite.KINDS for _ in range(4)]
     for one in items:
         gold = one.case.knowing.answer if one.kind == "plain question" else one.case.gold[0]
         assert one.right(gold), (one.kind, gold)
@@ -146,7 +146,7 @@ def test_figures_of_the_register_are_means_over_seeds(tmp_path: Path, monkeypatc
     opened = Grid.open("register", register.BARS)
     for seed, accuracy in ((0, 0.8), (1, 0.9)):
         same = {"regret": 0.1, "worst_loss": 0.0, "calibration_error": 0.1, "decision_ms": 1.0, "abstain_exact": 1.0}
-        row = {"accuracy": accuracy, "success": dict.fromkeys(register.KINDS, accuracy), "confusion": [], **same}
+        row = {"accuracy": accuracy, "success": dict.fromkeys(suite.KINDS, accuracy), "confusion": [], **same}
         opened.once({"strategy": "router", "seed": seed, "n": 2}, lambda row=row: row)
     opened.once({"what": "next token", "tokens": 512}, lambda: {"refill": 2.0, "reuse": 1.0, "reread": 8.0})
     found = register.figures(opened)

@@ -31,7 +31,7 @@ from svdexpert.dispatch import (
 )
 from svdexpert.dispatch.fewshot import loss_of, search
 from svdexpert.dispatch.fixed import Fixed
-from svdexpert.dispatch.router import Router, abstention, calibration_error, excluding, guessed_pairs, regressions
+from svdexpert.dispatch.router import Router, abstention, calibration_error, guessed_pairs, kinds_of_pairs, regressions
 from svdexpert.evaluate import measure
 from svdexpert.worlds import user
 
@@ -224,12 +224,19 @@ def test_a_router_is_refused_on_another_base_and_with_other_experts(
 
 def test_pairs_that_exclude_one_another_are_not_guessed() -> None:
     control = Example(Context(()), frozenset(["call"]), "ask")
-    assert excluding([control, Example(Context(()), frozenset(["ask"]), "ask")]) == {frozenset(["ask", "call"])}
+    names = ("ask", "doubt", "call")
+    both = kinds_of_pairs([control, Example(Context(()), frozenset(["ask"]), "ask")], names)
+    assert both == [(0, 1), (1, 2)]
+    assert kinds_of_pairs([control], names, [["call", "ask"]]) == [(2, 0)]
+    with pytest.raises(DispatchError, match=r"together holds \['ask', 'drum'\]; expected two of ask, doubt, call"):
+        kinds_of_pairs([control], names, [["ask", "drum"]])
     states, wanted = torch.eye(6, dtype=torch.float64), torch.eye(3, dtype=torch.float64).repeat(2, 1)
-    rows, labels = guessed_pairs(states, wanted, {frozenset(["ask", "call"])}, ("ask", "doubt", "call"), 2.0, 0)
+    rows, labels = guessed_pairs(states, wanted, both, 2.0, 0)
     assert len(rows) == 16  # two pairs, each of two and two
     assert {tuple(one) for one in labels.tolist()} == {(1, 1, 0), (0, 1, 1)}
-    assert set(rows.flatten().tolist()) == {0.0, 0.5}
+    shares = rows[rows > 0].view(16, 2)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(16, dtype=torch.float64))
+    assert shares.min() >= 0.3
 
 
 def test_the_parts_of_the_fit_on_hand_written_numbers() -> None:

@@ -7,9 +7,10 @@ One logistic regression an expert, on states of the base that the prompt's own f
 show late: in harbor hardly at all in the layer where experts begin, almost fully in the last two. Activated experts
 leave the prompt's cache as it is, so that only the tokens that open the reply are computed again under the mixture.
 
-No example has to want two experts. What pairs look like is guessed: half of one context's state and half of another's
-want the experts of both (mixup, Zhang et al. 2018, arXiv:1710.09412), for pairs that do not exclude one another. The
-penalty, the temperature (Guo et al. 2017, arXiv:1706.04599) and the threshold are chosen on the validation examples.
+No example has to want two experts. What pairs look like is guessed: between the state of one context and that of
+another both experts are wanted (mixup, Zhang et al. 2018, arXiv:1710.09412), for pairs that do not exclude one another.
+The penalty, the temperature (Guo et al. 2017, arXiv:1706.04599) and the threshold are chosen on the validation examples
+and pairs that are guessed of these.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from svdexpert.model import SpectralModel
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Weights of |w|^2 that are tried, with standardised states and the mean loss of the examples."""
+BETWEEN = (0.3, 0.7)
+"""Shares of the one state in a guessed pair, the rest is the other's; drawn evenly."""
+HELD_PAIRS = 0.25
+"""Guessed pairs among what settings are chosen on, as a multiple of the examples that want either expert."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,7 @@ def fit(
     validation: Sequence[Example],
     *,
     pairs: float = 1.0,
+    together: Sequence[Sequence[str]] | None = None,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = False,
@@ -115,12 +121,13 @@ def fit(
         examples: that want one expert or none, or several.
         validation: as many kinds; penalty, temperature and threshold are chosen on it.
         pairs: guessed examples of two experts, as a multiple of those that want either of them; 0 for none.
+        together: pairs of experts that may both be due; None is all that do not exclude one another.
         seed: of their draw.
         batch_size: rows of a forward pass.
         progress: show a progress bar on stderr.
 
     Raises:
-        DispatchError: an expert that no example wants.
+        DispatchError: an expert that no example wants, or `together` names one that is not there.
     """
     names = tuple(library)
     wanted, wanted_in_validation = labels(examples, names), labels(validation, names)
@@ -131,27 +138,33 @@ def fit(
     held = states_of(model, [one.context for one in validation], batch_size=batch_size, progress=progress).double()
     mean, scale = states.mean(0), states.std(0) + 1e-6
     states, held = (states - mean) / scale, (held - mean) / scale
-    mixed, mixed_wanted = guessed_pairs(states, wanted, excluding(examples), names, pairs, seed)
+    both = kinds_of_pairs(examples, names, together)
+    mixed, mixed_wanted = guessed_pairs(states, wanted, both, pairs, seed)
     rows, targets = torch.cat([states, mixed]), torch.cat([wanted, mixed_wanted])
+    share = HELD_PAIRS if pairs else 0.0
+    guessed, guessed_wanted = guessed_pairs(held, wanted_in_validation, both, share, seed + 1)
+    held, held_wanted = torch.cat([held, guessed]), torch.cat([wanted_in_validation, guessed_wanted])
 
     best: tuple[float, float, Tensor, Tensor] | None = None
     for penalty in PENALTIES:
         weight, bias = regressions(rows, targets, penalty)
         logits = held @ weight.mT + bias
-        loss = float(nn.functional.binary_cross_entropy_with_logits(logits, wanted_in_validation))
-        right = float(((logits >= 0) == wanted_in_validation.bool()).all(-1).double().mean())
+        loss = float(nn.functional.binary_cross_entropy_with_logits(logits, held_wanted))
+        right = float(((logits >= 0) == held_wanted.bool()).all(-1).double().mean())
         if best is None or (right, -loss) > best[:2]:
             best = (right, -loss, weight, bias)
     assert best is not None
     weight, bias = best[2:]
-    temperature = fitted_temperature(held @ weight.mT + bias, wanted_in_validation)
+    temperature = fitted_temperature(held @ weight.mT + bias, held_wanted)
     table = ((held @ weight.mT + bias) / temperature).sigmoid()
-    threshold, accuracy = abstention(table, wanted_in_validation)
+    threshold, _ = abstention(table, held_wanted)
     folded = weight / scale / temperature
+    told = table[: len(validation)]  # of the examples themselves
+    right_sets = choices(told, threshold) == wanted_in_validation.bool()
     scores = {
         "n": len(validation),
-        "accuracy": accuracy,
-        "calibration_error": calibration_error(table, wanted_in_validation),
+        "accuracy": float(right_sets.all(-1).double().mean()),
+        "calibration_error": calibration_error(told, wanted_in_validation),
         "temperature": temperature,
     }
     made_for = stamp(model, names, library)
@@ -163,31 +176,45 @@ def labels(examples: Sequence[Example], names: Sequence[str]) -> Tensor:
     return torch.tensor([[float(name in one.wanted) for name in names] for one in examples], dtype=torch.float64)
 
 
-def excluding(examples: Sequence[Example]) -> set[frozenset[str]]:
-    """Return pairs of experts that do not speak together: a control of one wants the other."""
-    return {
+def kinds_of_pairs(
+    examples: Sequence[Example], names: Sequence[str], together: Sequence[Sequence[str]] | None = None
+) -> list[tuple[int, int]]:
+    """Return pairs of experts that may both be due, by place: those told, or all but those that exclude one another.
+
+    Two exclude one another where a control of one wants the other.
+
+    Raises:
+        DispatchError: a name that is not there, or no pair.
+    """
+    if together is not None:
+        for pair in together:
+            if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(names):
+                raise DispatchError(f"together holds {list(pair)}; expected two of {', '.join(names)}.")
+        return [(names.index(one), names.index(other)) for one, other in together]
+    excluded = {
         frozenset([one.skill, other])
         for one in examples
         for other in one.wanted
         if one.skill and one.skill not in one.wanted
     }
+    places = combinations(range(len(names)), 2)
+    return [(one, other) for one, other in places if frozenset([names[one], names[other]]) not in excluded]
 
 
 def guessed_pairs(
-    states: Tensor, wanted: Tensor, excluded: set[frozenset[str]], names: Sequence[str], share: float, seed: int
+    states: Tensor, wanted: Tensor, both: Sequence[tuple[int, int]], share: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Return means of two states that want one expert each, another one (n d), and their labels (n e)."""
+    """Return what lies between two states that want one expert each, another one (n d), and the labels (n e)."""
     draw = torch.Generator().manual_seed(seed)
     alone = wanted.sum(-1) == 1
     rows, targets = [states[:0]], [wanted[:0]]
-    for one, other in combinations(range(len(names)), 2):
-        if frozenset([names[one], names[other]]) in excluded:
-            continue
-        pools = [((wanted[:, place] == 1) & alone).nonzero().squeeze(-1) for place in (one, other)]
+    for pair in both:
+        pools = [((wanted[:, place] == 1) & alone).nonzero().squeeze(-1) for place in pair]
         count = round(share * sum(map(len, pools))) if all(map(len, pools)) else 0
         picked = [pool[torch.randint(len(pool), (count,), generator=draw)] for pool in pools] if count else []
         if picked:
-            rows.append((states[picked[0]] + states[picked[1]]) / 2)
+            share_of_one = BETWEEN[0] + (BETWEEN[1] - BETWEEN[0]) * torch.rand(count, 1, generator=draw).to(states)
+            rows.append(torch.lerp(states[picked[1]], states[picked[0]], share_of_one))
             targets.append(wanted[picked[0]] + wanted[picked[1]])
     return torch.cat(rows), torch.cat(targets)
 
@@ -221,11 +248,16 @@ def abstention(table: Tensor, wanted: Tensor) -> tuple[float, float]:
     sure = torch.maximum(table, 1 - table).prod(-1)
     best, found = 0.0, -1.0
     for threshold in [0.0, *sorted(set(sure.tolist()))]:
-        chosen = (table >= 0.5) & (sure >= threshold).unsqueeze(-1)
-        right = float((chosen == wanted.bool()).all(-1).double().mean())
+        right = float((choices(table, threshold) == wanted.bool()).all(-1).double().mean())
         if right > found + 1e-12:
             best, found = threshold, right
     return best, found
+
+
+def choices(table: Tensor, threshold: float) -> Tensor:
+    """Return who speaks (n e), by probabilities (n e) and the confidence under which nobody does."""
+    sure = torch.maximum(table, 1 - table).prod(-1)
+    return (table >= 0.5) & (sure >= threshold).unsqueeze(-1)
 
 
 def calibration_error(table: Tensor, wanted: Tensor, bins: int = 10) -> float:
