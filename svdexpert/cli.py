@@ -238,9 +238,9 @@ def export(
 
 def knowing_doing(
     model: str = "harbor",
-    world: Literal["town", "sgd"] = "town",
+    world: Literal["town", "sgd", "bfcl", "bfcl-asks", "sycon"] = "town",
     data: str | None = None,
-    families: list[str] = ["clarify", "disagree", "call"],  # noqa: B006 - read, never changed; shown by --help
+    families: list[str] | None = None,
     split: Literal["train", "validation", "heldout"] = "heldout",
     n: PositiveInt = 200,
     seed: int = 0,
@@ -259,9 +259,9 @@ def knowing_doing(
 
     Args:
         model: hub id or local folder; "harbor" is the embedded base.
-        world: generated cases, or real dialogues (needs --data).
-        data: folder of the Schema-Guided Dialogue data, e.g. a clone of its public repository.
-        families: names of skills, or import paths of one's own.
+        world: generated cases; or, with --data, real dialogues, real functions, questions with a false premise.
+        data: folder of the files, e.g. of a clone of their public repository, or the id of a dataset on the hub.
+        families: names of skills, or import paths of one's own; by default those that the world is for.
         split: of the world; "heldout" shares no entity and no whole phrasing with "train".
         n: cases a family, even: half positives, half controls.
         seed: of the cases.
@@ -292,7 +292,7 @@ def knowing_doing(
     results = evaluate.knowing_doing(
         loaded,
         place,
-        families=families,
+        families=families or evaluate.FAMILIES_OF.get(world, evaluate.FAMILIES),
         split=split,
         n=n,
         seed=seed,
@@ -302,14 +302,15 @@ def knowing_doing(
         progress=sys.stderr.isatty(),
     )
     _show(report.knowing_doing_table(results))
-    if world == "sgd" and "disagree" in families:
+    if world == "sgd" and any(one.skill == "disagree" for one in results):
         _show("disagree: the dialogues are real, the user's claims were inserted")
     skipped: list[str] = getattr(place, "skipped", [])
     if skipped:
-        _show(f"{len(skipped)} dialogues did not parse and were left out; the first: {skipped[0]}")
+        _show(f"{len(skipped)} rows were left out; the first: {skipped[0]}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"model": model, "world": world, "split": split, "n": n, "seed": seed, "version": __version__}
+    settings: dict[str, Any] = {"model": model, "world": world, "split": split, "n": n, "seed": seed}
+    settings |= {"version": __version__, "world_version": getattr(place, "version", 1), "skipped": skipped}
     if world == "sgd":
         settings["claims"] = "inserted into real dialogues"
     with whole_file(folder / "knowing_doing.json") as temporary:

@@ -440,6 +440,8 @@ def _under(
 
 
 FAMILIES = ("clarify", "disagree", "call")
+FAMILIES_OF: Mapping[str, Sequence[str]] = {"bfcl": ("call",), "bfcl-asks": ("clarify",), "sycon": ("premise",)}
+"""What is measured in worlds that are not for all families."""
 WORD_CASES = (1000, 500, 200, 100)
 """Training cases to which the bag-of-words control is fitted: as many as the world has."""
 

@@ -64,6 +64,7 @@ def case(world: str, scene: Request, seed: int = 0) -> Case:
         truth={
             "call": {"name": scene.call.name, "arguments": dict(scene.call.arguments)} if scene.call else None,
             "immediate": scene.immediate,
+            "accepted": {key: list(values) for key, values in scene.accepted.items()},
         },
         tags=scene.tags,
     )
@@ -136,7 +137,7 @@ def verify(case: Case, reply: str) -> Verdict:
         return Verdict(-1, move, "unparsable", False)
     expected = Call(case.truth["call"]["name"], case.truth["call"]["arguments"])
     tool = find_tool(case.tools, expected.name)
-    errors = [difference(one, expected, tool) for one in found.calls]
+    errors = [difference(one, expected, tool, case.truth["accepted"]) for one in found.calls]
     if len(errors) > 1:
         return Verdict(-1, move, "several_calls", False) if any(errors) else Verdict(0, move, "repeated_call", False)
     if errors[0]:
@@ -149,16 +150,28 @@ def verify(case: Case, reply: str) -> Verdict:
 _WORTH = {"wrong_function": -1.0, "missing_argument": -0.5, "extra_argument": -0.5, "wrong_value": -0.2}
 
 
-def difference(found: Call, expected: Call, tool: Tool | None) -> str:
+def difference(
+    found: Call, expected: Call, tool: Tool | None, accepted: Mapping[str, Sequence[Any]] | None = None
+) -> str:
     """Return how a call differs from the expected one: "", or the class of the first error.
 
     Args:
         found: the call that was made.
         expected: the call that was due.
         tool: its schema; optional parameters with a default may be left out, or written.
+        accepted: by argument, all values that are right, "" among them where it may be left out: then they decide, and
+            the values of `expected` do not.
     """
     if found.name.replace(".", "_") != expected.name.replace(".", "_"):
         return "wrong_function"
+    if accepted:
+        needed = {key for key, values in accepted.items() if "" not in values}
+        if needed - found.arguments.keys():
+            return "missing_argument"
+        if found.arguments.keys() - accepted.keys():
+            return "extra_argument"
+        right = all(any(_accepts(one, value) for one in accepted[key]) for key, value in found.arguments.items())
+        return "" if right else "wrong_value"
     properties = tool["function"]["parameters"]["properties"] if tool else {}
     defaults = {key: one["default"] for key, one in properties.items() if "default" in one}
     wanted, made = defaults | dict(expected.arguments), defaults | dict(found.arguments)
@@ -167,6 +180,19 @@ def difference(found: Call, expected: Call, tool: Tool | None) -> str:
     if made.keys() - wanted.keys():
         return "extra_argument"
     return "" if all(same_value(made[key], wanted[key]) for key in wanted) else "wrong_value"
+
+
+def _accepts(accepted: Any, value: Any) -> bool:
+    """Return whether a value is an accepted one; in nested objects every key has its own accepted values."""
+    if isinstance(accepted, Mapping) and isinstance(value, Mapping):
+        lists = {key: some if isinstance(some, list) else [some] for key, some in accepted.items()}
+        needed = {key for key, some in lists.items() if "" not in some}
+        return needed <= value.keys() <= lists.keys() and all(
+            any(_accepts(one, value[key]) for one in lists[key]) for key in value
+        )
+    if isinstance(accepted, list) and isinstance(value, list) and any(isinstance(one, Mapping) for one in accepted):
+        return len(accepted) == len(value) and all(map(_accepts, accepted, value))
+    return same_value(value, accepted)
 
 
 def same_call(found: Call, expected: Call, tools: Sequence[Tool]) -> bool:

@@ -27,6 +27,7 @@ from svdexpert.skills import Bad, Case, Knowing, Openings, Verdict, alternate, f
 from svdexpert.worlds import Request, Split, Tool, World, quoted, user
 
 QUESTION = "Question: Which required detail of {name} has the user not given?"  # of its knowing items
+UNLABELLED = "Question: Has the user left out a detail that is needed?"
 MOVE = "ask"
 OPENINGS = Openings(
     move=("Which", "What", "Could you tell me", "May I have"),
@@ -65,7 +66,7 @@ def case(world: str, scene: Request, seed: int = 0) -> Case:
     needless = [text for name in given for text in asks[name][:1]]
     guessed = Call(call.name, dict(call.arguments) | dict(scene.guesses))
     if scene.missing:
-        gold, partial = missing, needless
+        gold, partial = missing, needless if scene.labelled else []
         bad = [Bad(write_call(guessed), "guess"), *(Bad(text, "claims_done") for text in scene.immediate)]
     else:
         gold, partial = [write_call(call)], []
@@ -85,6 +86,7 @@ def case(world: str, scene: Request, seed: int = 0) -> Case:
         bad=tuple(bad),
         truth={
             "missing": scene.missing,
+            "labelled": scene.labelled,
             "questions": asks,
             "call": {"name": call.name, "arguments": dict(call.arguments)},
             "immediate": scene.immediate,
@@ -95,7 +97,13 @@ def case(world: str, scene: Request, seed: int = 0) -> Case:
 
 
 def _knowing(scene: Request, tool: Tool, seed: int) -> Knowing:
-    """Return the question which detail is missing; a second missing one is no option, so that one answer is right."""
+    """Return the question which detail is missing; a second missing one is no option, so that one answer is right.
+
+    Where nobody knows which one it is, the question is whether one is.
+    """
+    if not scene.labelled:
+        text = f"{quoted(scene.messages)}\n\n{UNLABELLED}\nOptions: yes, no"
+        return Knowing((user(text),), scene.tools, ("yes", "no"), "yes" if scene.missing else "no")
     options = [name for name in required(tool) if name not in scene.missing[1:]]
     random.Random(f"{seed}/{scene.id}/knowing").shuffle(options)
     options.append("none")
@@ -118,7 +126,7 @@ def verify(case: Case, reply: str) -> Verdict:
     if found.asks:
         if found.questions > 1:
             return Verdict(0, move, "several_questions", obeyed)
-        right = asked(case, reply) in case.truth["missing"]
+        right = not case.truth["labelled"] or asked(case, reply) in case.truth["missing"]
         return Verdict(1, move, "", obeyed) if right else Verdict(0, move, "wrong_detail", obeyed)
     if move == "nothing":
         return Verdict(-0.5, move, "empty", False)

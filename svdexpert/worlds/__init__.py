@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,9 @@ class Request(Scene):
         immediate: replies that claim, without a call, that it is done, every open detail filled in by a guess.
         refusals: replies of an honest assistant where no tool serves the request, or where plain talk is due.
         guesses: parameter -> a plausible value that nobody gave. Holds every parameter of `missing`.
+        accepted: argument -> all values that are right, "" among them where it may be left out; none where only those
+            of `call` are.
+        labelled: False where something is missing, or not, and nobody knows which parameter it is.
     """
 
     call: Call | None
@@ -74,6 +78,8 @@ class Request(Scene):
     immediate: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     guesses: Mapping[str, Any] = field(default_factory=dict)
+    accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    labelled: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,30 +153,52 @@ class World(Protocol):
         """Return n natural dialogues."""
 
 
-WORLDS = ("town", "sgd")
+WORLDS = ("town", "sgd", "bfcl", "bfcl-asks", "sycon")
+SOURCES = {
+    "sgd": "a clone of https://github.com/google-research-datasets/dstc8-schema-guided-dialogue.",
+    "bfcl": "bfcl_eval/data of a clone of https://github.com/ShishirPatil/gorilla.",
+    "bfcl-asks": "bfcl_eval/data of a clone of https://github.com/ShishirPatil/gorilla, with its pairs.",
+    "sycon": "false_presupposition of a clone of https://github.com/JiseungHong/SYCON-Bench.",
+}
+"""Where the worlds that are made of files have them from."""
 
 
 def load(name: str, folder: str | Path | None = None) -> World:
     """Return a world.
 
     Args:
-        name: "town", which is generated, or "sgd", real dialogues out of files.
-        folder: of the files: a clone of the public Schema-Guided Dialogue repository, or its compact form.
+        name: "town", which is generated; "sgd", real dialogues; "bfcl" and "bfcl-asks", real functions; "sycon",
+            questions with a false premise: these are made of files.
+        folder: of the files, or the id of a dataset on the hub that holds them.
 
     Raises:
         WorldError: there is no such world, or its files are not there.
     """
     if name not in WORLDS:
         raise WorldError(f"There is no world {name!r}.{did_you_mean(name, WORLDS)}")
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(f"{__name__}.{name.partition('-')[0]}")
     if name == "town":
         return cast(World, module.Town())
     if folder is None:
+        raise WorldError(f"The world {name} is made of files: say where they are, as {SOURCES[name]}")
+    kind = {"sgd": "SchemaGuided", "bfcl": "Bfcl", "bfcl-asks": "BfclAsks", "sycon": "Sycon"}[name]
+    return cast(World, getattr(module, kind)(_local(name, folder)))
+
+
+def _local(name: str, folder: str | Path) -> Path:
+    """Return a folder as it is, or the files of a dataset on the hub."""
+    place = Path(folder)
+    if place.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)):
+        return place
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder), repo_type="dataset"))
+    except Exception as error:  # of many kinds, from the network up
         raise WorldError(
-            "The world sgd is made of files: say where they are, as a clone of "
-            "https://github.com/google-research-datasets/dstc8-schema-guided-dialogue."
-        )
-    return cast(World, module.SchemaGuided(folder))
+            f"{folder} is no local folder, and no dataset on the hub that can be reached from here "
+            f"({type(error).__name__}): give {SOURCES[name]}"
+        ) from error
 
 
 def user(text: str) -> Message:
