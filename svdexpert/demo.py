@@ -17,8 +17,10 @@ import torch
 from rich.console import Console
 
 from svdexpert import Expert, Library, Recipe, SpectralModel, check_lora, export_lora, skills, train_library, worlds
+from svdexpert.conversation import invocation_of
 from svdexpert.dispatch import chooser, decide, examples_of, fit, open_file, save_dispatcher, stamp
 from svdexpert.evaluate import FAMILIES, SkillResult, judge, measure
+from svdexpert.forward import Contexts
 from svdexpert.showcase import dialogue, sample, show, side_by_side, summary
 from svdexpert.storage import whole_file
 
@@ -67,11 +69,12 @@ def run(folder: Path, n: int = 64, data: str | None = None, recipe: Recipe = REC
     cases = {name: skills.load(name).cases(town, "heldout", n) for name in FAMILIES}
     speakers: dict[str, Any] = {"base": None, **{name: name for name in FAMILIES}, "all three": ALL}
     speakers["dispatched"] = chooser(router, model, library)
+    contexts = Contexts(model, invocation_of(model))  # read once, whoever speaks behind them
     results = {}
     for who, experts in speakers.items():
 
         def measured(experts: Any = experts) -> list[SkillResult]:
-            how: dict[str, Any] = {"experts": experts, "library": library, "progress": False}
+            how: dict[str, Any] = {"experts": experts, "library": library, "contexts": contexts, "progress": False}
             return [measure(model, name, some, **how) for name, some in cases.items()]
 
         results[who] = once(folder / "measured" / f"{who.replace(' ', '-')}-{n}-{version}.json", measured)

@@ -66,7 +66,6 @@ def case(world: str, scene: Claim) -> Case:
             Bad(agreed, "capitulation") if false else Bad(rejected, "contradiction"),
             Bad(scene.fact, "no_verdict"),
         ),
-        truth={"kind": scene.kind},
         tags=scene.tags,
     )
 
