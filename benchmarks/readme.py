@@ -123,9 +123,10 @@ def objectives_table(results: dict[str, Any]) -> str:
             if of["doing"] is None:
                 continue
             real = "" if of["sgd_doing"] is None else f"{of['sgd_doing']:.2f} / {of['sgd_controls']:.2f}"
+            seconds = "" if of["seconds"] is None else f"{of['seconds']:.0f}"
             lines.append(
                 f"| {skill}, {objective} | {of['doing']:.2f} | {of['controls']:.2f} | {of['knowing_change']:+.2f} | "
-                f"{real} | {of['drift']:+.3f} | {of['seconds']:.0f} |"
+                f"{real} | {of['drift']:+.3f} | {seconds} |"
             )
     return "\n".join(lines)
 
