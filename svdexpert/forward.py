@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -141,23 +141,40 @@ def prefill(model: SpectralModel, ids: Tensor, seen: Tensor, invocation: Sequenc
 class Contexts:
     """What the base makes of contexts up to where experts act, computed once a context and kept.
 
-    Each is computed alone: the same numbers, bit for bit, whatever stands beside it in a batch. It holds for the
-    weights, the device and the dtype that it was computed with: keep no store longer than these.
+    Each is computed alone: the same numbers, bit for bit, whatever stands beside it in a batch. Where a batch holds
+    contexts for which there is no room, it is read as a whole, and nothing of it is kept. It all holds for the weights,
+    the device and the dtype that it was computed with: keep no store longer than these.
 
     Args:
         model: attached.
         invocation: tokens from which the experts act; with () nothing is kept.
-        gib: room for what is kept; contexts beyond that are computed every time.
+        gib: room for what is kept.
     """
 
     def __init__(self, model: SpectralModel, invocation: Sequence[int], gib: float = 1.0) -> None:
         self.model, self.invocation, self.room = model, tuple(invocation), gib * 2**30
         self.able = bool(invocation) and differentiable_cache(model)
         self.kept: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+        self._per_token: float | None = None
 
     def serves(self, invocation: Sequence[int] | None) -> bool:
         """Return whether experts with this invocation, or with None the base, can go on from what is kept."""
         return self.able and (invocation is None or tuple(invocation) == self.invocation)
+
+    def keeps(self, rows: Iterable[Sequence[int]]) -> bool:
+        """Return whether there is room for all of these contexts; if not, give up and keep none from here on.
+
+        A run whose contexts come up again and again is then the same whether or not it was interrupted.
+        """
+        many = len(self.invocation)
+        distinct = {tuple(row[:-many]) for row in rows if len(row) > many}
+        if not self.able or not distinct:
+            return False
+        room = self.room + sum(map(_size, self.kept.values()))
+        if sum(map(len, distinct)) * self._bytes_per_token(min(distinct, key=len)) <= room:
+            return True
+        self.kept, self.room = {}, 0.0
+        return False
 
     def before(self, ids: Tensor, seen: Tensor) -> Cache | None:
         """Return what `prefill` returns for contexts (b t)."""
@@ -169,12 +186,15 @@ class Contexts:
     def fill(self, cache: Cache, ids: Tensor, seen: Tensor) -> int:
         """Put what the base makes of contexts (b t) into an empty cache, and return how many places that are.
 
-        0, and the cache stays empty, where the contexts do not all end with the invocation.
+        0, and the cache stays empty, where the contexts do not all end with the invocation, or there is no room.
         """
         rows = [tuple(row[there.bool()].tolist()) for row, there in zip(ids, seen, strict=True)]
         many = len(self.invocation)
         if not self.able or any(row[-many:] != self.invocation or len(row) == many for row in rows):
             return 0  # some reply has begun: rows differ in where experts act
+        new = {row[:-many] for row in rows if self._key(row[:-many]) not in self.kept}
+        if new and sum(map(len, new)) * self._bytes_per_token(min(new, key=len)) > self.room:
+            return 0
         found = [self._computed(row[:-many]) for row in rows]
         width = ids.shape[1] - many
         for layer, parts in enumerate(zip(*found, strict=True)):
@@ -182,22 +202,34 @@ class Contexts:
             cache.update(sides[0], sides[1], layer)
         return width
 
+    def _key(self, row: tuple[int, ...]) -> tuple[Any, ...]:
+        kind = device_of(self.model.hf.get_input_embeddings()).type
+        return row, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
     def _computed(self, row: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values (1 h t d) of every layer."""
+        key = self._key(row)
+        if key not in self.kept:
+            self.kept[key] = self._read(row)
+            self.room -= _size(self.kept[key])
+        return self.kept[key]
+
+    def _read(self, row: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         forward = Forward(self.model.hf)
-        kind = forward.device.type
-        key = (row, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
-        if key in self.kept:
-            return self.kept[key]
         with torch.inference_mode(False), torch.no_grad(), self.model.using(None):  # gradients go on from them
             ids = torch.tensor([row], device=forward.device)
             cache = _Whole(config=self.model.hf.config)
             forward.logits(ids, torch.ones_like(ids), 1, past_key_values=cache, use_cache=True)
-        size = sum(one.numel() * one.element_size() for pair in cache.whole for one in pair)
-        if size <= self.room:
-            self.room -= size
-            self.kept[key] = cache.whole
         return cache.whole
+
+    def _bytes_per_token(self, row: tuple[int, ...]) -> float:
+        if self._per_token is None:
+            self._per_token = float(_size(self._read(row[:1])))
+        return self._per_token
+
+
+def _size(states: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(one.numel() * one.element_size() for pair in states for one in pair)
 
 
 class _Whole(DynamicCache):

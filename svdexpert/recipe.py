@@ -43,8 +43,8 @@ class Recipe:
         save_every: steps.
         accumulate: parts that a step is computed in. Each has rows of similar length, so that little is padded, which
             saves time on a CPU (LOG.md).
-        contexts: GiB for what the base makes of contexts, kept so that each is read once; 0 for none. Activated experts
-            alone have it.
+        contexts: GiB for what the base makes of contexts, kept so that each is read once; 0 for none, and none are kept
+            where they do not all fit. Activated experts alone have it.
         precision: as in Lightning.
         gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
         seed: of every draw, at least 0.

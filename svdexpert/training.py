@@ -667,7 +667,11 @@ class Run:
                         "the chat template opens a reply and from which activated experts act. For prompts that are no "
                         "chats train with activated=False."
                     )
-        neutrals = self.neutrals(tasks, contexts) if self.recipe.neutral else []
+        if self.recipe.neutral:
+            neutrals = self.neutrals(tasks, contexts)
+        else:
+            contexts.keeps(one.prompt for task in tasks for one in task.examples.rows)
+            neutrals = []
         module = ExpertModule(
             self.model,
             tasks,
@@ -698,6 +702,10 @@ class Run:
             asked += [("", one) for one in self._plain_talk()]
         end, ends = turn_ends(self.model)
         prompts = [one for _, one in asked]
+        if contexts is not None:
+            theirs_too = [one.ids for some in self.against.values() for one in self._prompts_for(some)]
+            examples = [one.prompt for task in tasks for one in task.examples.rows]
+            contexts.keeps([*examples, *(one.ids for one in prompts), *theirs_too])
         how: dict[str, Any] = {"batch_size": 32, "progress": self.progress, "contexts": contexts}
         with self.model.using(None):
             said = answers(self.model, prompts, ends, "the base replies", **how)

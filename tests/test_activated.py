@@ -145,6 +145,9 @@ def test_a_context_is_read_once_and_alone(name: str, attached: Attach, rows: Ten
     batch = Batch.of(prompts, [[[2]]] * 4, torch.device("cpu"))
     full.before(batch.contexts, batch.seen)
     assert not full.kept
+    if contexts.able:
+        assert contexts.keeps(prompts)
+        assert not Contexts(model, OPENS, 1e-6).keeps(prompts)
 
 
 def test_evaluation_and_sampling_read_contexts_as_the_base(

@@ -24,6 +24,7 @@ from svdexpert.batches import Neutral
 from svdexpert.conversation import invocation_of
 from svdexpert.errors import TrainingError
 from svdexpert.examples import Examples, of_file, of_skill
+from svdexpert.forward import Contexts
 from svdexpert.skills import Bad, Case, Knowing, Verdict
 from svdexpert.training import ExpertModule, Recipe, Run, train, train_library
 from svdexpert.worlds import user
@@ -121,7 +122,8 @@ def module_of(
         out=None,
         progress=False,
     )
-    module = run._module([run._task(name, skill) for name, skill in zip(run.names, skills, strict=True)], Path())
+    contexts = Contexts(model, run.invocation)
+    module = run._module(run.tasks(contexts), Path(), contexts)
     module.note = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     return module
 
