@@ -212,14 +212,15 @@ def main(seeds: int = 3, n: int = 500, workers: int = 2) -> None:
     def job(kind: str, make: Any, seed: int, **given: Any) -> Job:
         return Job({"kind": kind, "seed": seed, "n": n}, make, {"seed": seed, "n": n, **given})
 
-    grid.all([job("library", library, seed, base=base) for seed in every], workers)
+    jobs = [job("library", library, seed, base=base) for seed in every]
+    grid.all([*jobs, *(job("apart", apart, seed) for seed in every)], workers)
+    grid.write(figures(grid))
     threes = {seed: grid.find(kind="library", seed=seed, n=n)[0]["sum"] for seed in every}
     rates = [
         Job({"kind": "lora", "seed": 0, "rate": rate}, of_lora, {"seed": 0, "n": n, "rate": rate, "validation": True})
         for rate in RATES
     ]
-    jobs = [job("apart", apart, seed) for seed in every]
-    jobs += [job("joined", joined, seed, three=threes[seed]) for seed in every]
+    jobs = [job("joined", joined, seed, three=threes[seed]) for seed in every]
     jobs += [job(f"without {one}", library, 0, base=base, **{one: 0.0}) for one in ("mixing", "neutral", "penalty")]
     grid.all([*jobs, job("eight", eight, 0), *rates], workers)
     tried = [row for row in grid.find(kind="lora", seed=0) if "validation" in row]

@@ -217,6 +217,7 @@ class Bench:
             library: where names are looked up.
         """
         how: dict[str, Any] = {"experts": experts, "library": library, "progress": False, "contexts": self.contexts}
+        how["batch_size"] = 128  # what pays where contexts are kept: fewer steps of more rows
         some = self.cases if cases is None else cases
         return {name: measure(speaker or self.model, name, drawn, **how) for name, drawn in some.items()}
 
