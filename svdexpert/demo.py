@@ -24,7 +24,7 @@ from svdexpert.forward import Contexts
 from svdexpert.showcase import dialogue, sample, show, side_by_side, summary
 from svdexpert.storage import whole_file
 
-RECIPE = Recipe(mixing=0.8, penalty=1e-4, accumulate=3, validation_cases=0, score_cases=0)
+RECIPE = Recipe(mixing=0.8, learning_rate=0.03, penalty=5e-5, accumulate=3, validation_cases=0, score_cases=0)
 ALL = dict.fromkeys(FAMILIES, 1.0)
 
 
