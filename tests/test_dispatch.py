@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from svdexpert.dispatch import (
     read_examples,
     save_dispatcher,
 )
+from svdexpert.dispatch import router as router_module
 from svdexpert.dispatch.fewshot import loss_of, search
 from svdexpert.dispatch.fixed import Fixed
 from svdexpert.dispatch.router import Router, abstention, calibration_error, guessed_pairs, kinds_of_pairs, regressions
@@ -220,6 +222,25 @@ def test_a_router_is_refused_on_another_base_and_with_other_experts(
     with pytest.raises(DispatchError, match="is empty"):
         decide(router, model, [Context(())], library(model))
     assert model.generate(CHATS, max_new_tokens=2)
+
+
+def test_an_expert_that_speaks_alone_speaks_up(model: SpectralModel, tmp_path: Path) -> None:
+    experts = library(model)
+    rows = [replace(one, reply="ab") if one.wanted == {"ask"} else one for one in examples(20)]
+    found = fit("router", model, experts, rows, rows, pairs=0.0)
+    assert isinstance(found, Router)
+    assert found.strengths["ask"] in router_module.STRENGTHS
+    assert (found.strengths["doubt"], found.strengths["call"]) == (1.0, 1.0)  # nobody shows what they would say
+    loud = fit("router", model, experts, rows, rows, strength=2.0)
+    assert isinstance(loud, Router)
+    weights = [loud._decision(dict.fromkeys(some, 0.9)).weights for some in (["ask"], ["ask", "call"], [*experts])]
+    assert weights == [{"ask": 2.0}, {"ask": 1.0, "call": 1.0}, dict.fromkeys(experts, 1.0)]
+    kept = open_file(save_dispatcher(loud, tmp_path / "router.safetensors"))
+    assert isinstance(kept, Router)
+    assert kept.strengths == dict.fromkeys(experts, 2.0)
+    for strength in (0.5, math.nan):
+        with pytest.raises(DispatchError, match="expected a number of at least 1"):
+            fit("router", model, experts, rows, rows, strength=strength)
 
 
 def test_pairs_that_exclude_one_another_are_not_guessed() -> None:

@@ -1,11 +1,15 @@
 """Router: what the base has in mind at the end of the prompt says who should speak.
 
     p_e = sigmoid(w_e . state + b_e)       state: the last token, as it enters the last layer and the output head (d)
-    expert e speaks, at weight 1, where p_e >= 1/2; nobody does where the set is less sure than `abstain_below`
+    expert e speaks where p_e >= 1/2, at weight max(1, strength_e / how many speak); nobody does where the set is less
+    sure than `abstain_below`
 
 One logistic regression an expert, on states of the base that the prompt's own forward pass has made anyway. Skills
 show late: in harbor hardly at all in the layer where experts begin, almost fully in the last two. Activated experts
 leave the prompt's cache as it is, so that only the tokens that open the reply are computed again under the mixture.
+
+How loudly an expert speaks is chosen too: experts that were trained to be added up are small, and one that speaks alone
+does more at twice its weight (LOG.md). The strength is the one under which right replies are likeliest.
 
 No example has to want two experts. What pairs look like is guessed: between the state of one context and that of
 another both experts are wanted (mixup, Zhang et al. 2018, arXiv:1710.09412), for pairs that do not exclude one another.
@@ -15,18 +19,23 @@ and pairs that are guessed of these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from svdexpert.conversation import Prompt, answers, as_message, completion, prompt_of, tokenizer_of, turn_ends
 from svdexpert.decision import Asked, Decision
 from svdexpert.dispatch import Example, check, stamp, states_of
-from svdexpert.errors import DispatchError
+from svdexpert.errors import DispatchError, TooLongError
 from svdexpert.expert import Expert
+from svdexpert.forward import Contexts
 from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
 
@@ -34,6 +43,9 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Weights of |w|^2 that are tried, with standardised states and the mean loss of the examples."""
 BETWEEN = (0.3, 0.7)
 """Shares of the one state in a guessed pair, the rest is the other's; drawn evenly."""
+STRENGTHS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
+"""Weights that are tried of an expert that speaks alone."""
+MOST_REPLIES = 100
 HELD_PAIRS = 0.25
 """Guessed pairs among what settings are chosen on, as a multiple of the examples that want either expert."""
 
@@ -47,6 +59,7 @@ class Router:
         bias: (e).
         abstain_below: confidence under which nobody speaks, in [0, 1].
         made_for: the base and the experts, by digest.
+        strengths: weight of each expert where it speaks alone, at least 1.
         scores: of the validation examples: accuracy, calibration error (JSON values).
     """
 
@@ -54,6 +67,7 @@ class Router:
     bias: Tensor
     abstain_below: float
     made_for: Mapping[str, Any]
+    strengths: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     reads: ClassVar[bool] = True
     strategy: ClassVar[str] = "router"
@@ -78,13 +92,15 @@ class Router:
         sure = 1.0
         for one in scores.values():
             sure *= max(one, 1 - one)
-        chosen = {name: 1.0 for name, one in scores.items() if one >= 0.5 and sure >= self.abstain_below}
+        speak = [name for name, one in scores.items() if one >= 0.5 and sure >= self.abstain_below]
+        chosen = {name: max(1.0, self.strengths.get(name, 1.0) / len(speak)) for name in speak}
         because = ", ".join(f"{name} {one:.2f}" for name, one in scores.items())
         return Decision(chosen, sure, f"read from the prompt's last state: {because}", scores)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file holds."""
         card = {"abstain_below": self.abstain_below, "made_for": dict(self.made_for), "scores": dict(self.scores)}
+        card |= {"strengths": dict(self.strengths)}
         return card, {"weight": self.weight, "bias": self.bias}
 
 
@@ -93,7 +109,7 @@ def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:
     weight, bias = tensors["weight"], tensors["bias"]
     if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(card["made_for"]["experts"]) != len(bias):
         raise ValueError(f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")
-    return Router(weight, bias, float(card["abstain_below"]), card["made_for"], card["scores"])
+    return Router(weight, bias, float(card["abstain_below"]), card["made_for"], card["strengths"], card["scores"])
 
 
 def probabilities(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -109,6 +125,7 @@ def fit(
     *,
     pairs: float = 1.0,
     together: Sequence[Sequence[str]] | None = None,
+    strength: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = False,
@@ -122,13 +139,17 @@ def fit(
         validation: as many kinds; penalty, temperature and threshold are chosen on it.
         pairs: guessed examples of two experts, as a multiple of those that want either of them; 0 for none.
         together: pairs of experts that may both be due; None is all that do not exclude one another.
+        strength: weight of an expert that speaks alone, at least 1; None chooses it for each on the validation examples
+            that have a reply.
         seed: of their draw.
         batch_size: rows of a forward pass.
         progress: show a progress bar on stderr.
 
     Raises:
-        DispatchError: an expert that no example wants, or `together` names one that is not there.
+        DispatchError: an expert that no example wants, or `together` names one that is not there; a strength below 1.
     """
+    if strength is not None and not (math.isfinite(strength) and strength >= 1):
+        raise DispatchError(f"strength is {strength}: expected a number of at least 1, or none to have it chosen.")
     names = tuple(library)
     wanted, wanted_in_validation = labels(examples, names), labels(validation, names)
     for name, count in zip(names, wanted.sum(0).tolist(), strict=True):
@@ -167,8 +188,38 @@ def fit(
         "calibration_error": calibration_error(told, wanted_in_validation),
         "temperature": temperature,
     }
+    if strength is None:
+        strengths = {name: likeliest_strength(model, library, name, validation, batch_size) for name in names}
+    else:
+        strengths = dict.fromkeys(names, float(strength))
     made_for = stamp(model, names, library)
-    return Router(folded.float(), (bias / temperature - folded @ mean).float(), threshold, made_for, scores)
+    return Router(folded.float(), (bias / temperature - folded @ mean).float(), threshold, made_for, strengths, scores)
+
+
+def likeliest_strength(
+    model: SpectralModel, library: Mapping[str, Expert], name: str, examples: Sequence[Example], batch_size: int = 32
+) -> float:
+    """Return the one of STRENGTHS at which an expert, alone, makes the replies likeliest that are due from it alone.
+
+    The mean over at most MOST_REPLIES examples of the log-probability of a token; 1 where no example has a reply.
+    """
+    due = [one for one in examples if one.wanted == {name} and one.reply][:MOST_REPLIES]
+    tokenizer, (end, _) = tokenizer_of(model), turn_ends(model)
+    prompts = []
+    for one in due:
+        messages, tools = list(one.context.messages), list(one.context.tools)
+        reply = completion(tokenizer, messages, tools, as_message(one.reply), end)
+        with suppress(TooLongError):
+            prompts.append(Prompt(prompt_of(model, messages, tools, [], len(reply)).ids, [reply], 0))
+    if not prompts:
+        return 1.0
+    contexts = Contexts(model, library[name].invocation)
+    found: dict[float, float] = {}
+    for strength in STRENGTHS:
+        with model.using({name: strength}, library):
+            given = answers(model, prompts, set(), "", batch_size=batch_size, progress=False, contexts=contexts)
+        found[strength] = fmean(fmean(answer.scores[0]) for answer in given)
+    return max(found, key=lambda one: found[one])
 
 
 def labels(examples: Sequence[Example], names: Sequence[str]) -> Tensor:
