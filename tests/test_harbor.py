@@ -90,7 +90,7 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
 
 def test_it_knows_and_does_not_do() -> None:
     """The gate measures this with n = 500; here n = 40 shows that the shipped weights are those it measured."""
-    model = SpectralModel.from_pretrained("harbor", k=8, cache=False, progress=False)
+    model = SpectralModel.from_pretrained("harbor", k=8, cache=False, dtype="float32", progress=False)
     figures = json.loads(Path("benchmarks/results/harbor_gate.json").read_text())["figures"]
     for one in knowing_doing(model, worlds.load("town"), n=40, progress=False):
         for name in ("knowing", "doing", "controls"):
