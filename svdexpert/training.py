@@ -387,8 +387,8 @@ class ExpertModule(lightning.LightningModule):
                 continue
             cases = task.validation[: self.recipe.validation_cases]
             with self.model.using(self.expert(place)):
-                room = self.recipe.max_new_tokens
-                replies = act(self.model, cases, max_new_tokens=room, progress=False, contexts=self.contexts)
+                # not behind the run's contexts: their room is that of what it learns from
+                replies = act(self.model, cases, max_new_tokens=self.recipe.max_new_tokens, progress=False)
             right = [task.skill.verify(case, reply).right for case, reply in zip(cases, replies, strict=True)]
             shares = {
                 key: sum(one for one, case in zip(right, cases, strict=True) if case.positive is due)

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import subprocess
 import sys
+import tomllib
 from itertools import chain
 from pathlib import Path
 
@@ -79,6 +80,11 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("svdexpert.")}
     return found - {"__version__"}
+
+
+def test_every_room_is_installed() -> None:
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert found == ["svdexpert", *(f"svdexpert.{room}" for room in ROOMS)]
 
 
 def test_every_module_has_its_place() -> None:
