@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from statistics import fmean
 from typing import Any
 
@@ -95,37 +96,48 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def fall(
-    on: Bench,
-    alone: Mapping[str, Any],
-    together: Any,
-    cases: Mapping[str, Sequence[Case]] | None = None,
-    speaker: Any = None,
+    on: Bench, alone: Mapping[str, Any], together: Any, cases: Mapping[str, Sequence[Case]] | None = None
 ) -> dict[str, Any]:
     """Return by how much each skill falls from its expert alone to a sum, and what both reach."""
     some = on.cases if cases is None else cases
     before: dict[str, Any] = {}
     for name, drawn in some.items():
-        before |= shares(on.scores(alone[name], {name: drawn}, speaker=speaker))
-    after = shares(on.scores(together, some, speaker=speaker))
+        before |= shares(on.scores(alone[name], {name: drawn}))
+    after = shares(on.scores(together, some))
     return losses(before, after, list(some)) | {"alone": before, "sum": after}
 
 
-def library(seed: int, n: int, base: Shares, **changes: Any) -> dict[str, Any]:
-    """Train three experts in one batch; measure each alone, on the others' skills, and all in a sum."""
+def in_all(
+    on: Bench, found: Mapping[str, Any], base: Shares, *, pairs: bool = True, speaker: Any = None
+) -> dict[str, Any]:
+    """Return what experts alone, pairs of them and their sum do in every skill, not in their own only.
+
+    Args:
+        on: what measures.
+        found: experts, by the name of their skill.
+        base: what the base does.
+        pairs: measure these too.
+        speaker: as in Bench.scores.
+    """
+    names, matrix = list(found), {}
+    for size in range(1, len(names) + 1):
+        for some in combinations(names, size) if pairs or size in (1, len(names)) else ():
+            matrix[" + ".join(some)] = shares(on.scores(added(found[name] for name in some), speaker=speaker))
+    alone, together = {name: matrix[name][name] for name in names}, matrix[" + ".join(names)]
+    off = {name: losses(base, matrix[name], [one for one in names if one != name]) for name in names}
+    return losses(alone, together, names) | {"alone": alone, "sum": together, "off_skill": off, "matrix": matrix}
+
+
+def library(seed: int, n: int, base: Shares, *, pairs: bool = True, **changes: Any) -> dict[str, Any]:
+    """Train three experts in one batch, and measure them and their sums."""
     on = bench(n)
-    found = library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=seed, **changes))
-    off = {}
-    for name, expert in found.items():
-        others = {key: some for key, some in on.cases.items() if key != name}
-        off[name] = losses(base, shares(on.scores(expert, others)), list(others))
-    return {"off_skill": off, **fall(on, found, added(found.values()))}
+    return in_all(on, library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=seed, **changes)), base, pairs=pairs)
 
 
-def apart(seed: int, n: int) -> dict[str, Any]:
-    """Train three experts apart, and measure their sum."""
+def apart(seed: int, n: int, base: Shares) -> dict[str, Any]:
+    """Train three experts apart, and measure them and their sums."""
     on, of = bench(n), {"recipe": recipe(seed=seed, mixing=0.0), "progress": False}
-    found = {name: train(on.model, name, OBJECTIVE, world=on.town, **of) for name in FAMILIES}
-    return fall(on, found, added(found.values()))
+    return in_all(on, {name: train(on.model, name, OBJECTIVE, world=on.town, **of) for name in FAMILIES}, base)
 
 
 def joined(seed: int, n: int, three: Shares) -> dict[str, Any]:
@@ -150,16 +162,16 @@ def eight(seed: int, n: int) -> dict[str, Any]:
     return fall(on, by_path, added(found.values()), cases)
 
 
-def of_lora(seed: int, n: int, rate: float, *, validation: bool) -> dict[str, Any]:
-    """Train three LoRA adapters as a library is; measure their sum in validation, or alone and added up."""
+def of_lora(seed: int, n: int, rate: float, base: Shares | None) -> dict[str, Any]:
+    """Train three LoRA adapters as a library is; measure their sum in validation, or as `in_all` does."""
     on = bench(n)
     bank = LoraBank(on.model, rank=4)
     try:
         how = recipe(seed=seed, learning_rate=rate)
         some = train_bank(bank, FAMILIES, OBJECTIVE, how, on.town, on.contexts)
-        if validation:
-            return {"validation": fmean(on.right(name, seed, some[""], bank) for name in FAMILIES)}
-        return {"rate": rate} | fall(on, some, some[""], speaker=bank)
+        if base is None:
+            return {"validation": fmean(on.right(name, seed, added(some.values()), bank) for name in FAMILIES)}
+        return {"rate": rate} | in_all(on, some, base, speaker=bank)
     finally:
         bank.close()
 
@@ -213,19 +225,20 @@ def main(seeds: int = 3, n: int = 500, workers: int = 2) -> None:
         return Job({"kind": kind, "seed": seed, "n": n}, make, {"seed": seed, "n": n, **given})
 
     jobs = [job("library", library, seed, base=base) for seed in every]
-    grid.all([*jobs, *(job("apart", apart, seed) for seed in every)], workers)
+    grid.all([*jobs, *(job("apart", apart, seed, base=base) for seed in every)], workers)
     grid.write(figures(grid))
     threes = {seed: grid.find(kind="library", seed=seed, n=n)[0]["sum"] for seed in every}
     rates = [
-        Job({"kind": "lora", "seed": 0, "rate": rate}, of_lora, {"seed": 0, "n": n, "rate": rate, "validation": True})
+        Job({"kind": "lora", "seed": 0, "rate": rate}, of_lora, {"seed": 0, "n": n, "rate": rate, "base": None})
         for rate in RATES
     ]
     jobs = [job("joined", joined, seed, three=threes[seed]) for seed in every]
-    jobs += [job(f"without {one}", library, 0, base=base, **{one: 0.0}) for one in ("mixing", "neutral", "penalty")]
+    ablated = ("mixing", "neutral", "penalty")
+    jobs += [job(f"without {one}", library, 0, base=base, pairs=False, **{one: 0.0}) for one in ablated]
     grid.all([*jobs, job("eight", eight, 0), *rates], workers)
     tried = [row for row in grid.find(kind="lora", seed=0) if "validation" in row]
     rate = max(tried, key=lambda row: row["validation"])["run"]["rate"]
-    grid.all([job("lora", of_lora, seed, rate=rate, validation=False) for seed in every], workers)
+    grid.all([job("lora", of_lora, seed, rate=rate, base=base) for seed in every], workers)
     grid.once({"kind": "seconds"}, timed)
     found = figures(grid)
     grid.write(found)

@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import multiprocessing
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -287,9 +288,15 @@ def library_of(model: SpectralModel, skills: Sequence[str], objective: str, reci
     return train_library(model, skills, objective, recipe=recipe, world=town, out=out, progress=False)
 
 
-def added(experts: Iterable[Expert]) -> Expert:
+class Addable(Protocol):
+    """An expert, or a mixture that stands for one."""
+
+    def __add__(self, other: Any) -> Any: ...
+
+
+T = TypeVar("T", bound=Addable)
+
+
+def added(experts: Iterable[T]) -> T:
     """Return the plain sum."""
-    first, *rest = experts
-    for one in rest:
-        first = first + one
-    return first
+    return reduce(operator.add, experts)

@@ -39,6 +39,9 @@ class LoraMixture:
         """Return which adapters speak at what weight, as results name them."""
         return [(f"adapter {place}", weight) for place, weight in enumerate(self.weights[0].tolist()) if weight]
 
+    def __add__(self, other: LoraMixture) -> LoraMixture:
+        return LoraMixture(self.weights + other.weights, self.numbers)
+
     def repeated(self, times: int) -> LoraMixture:
         return LoraMixture(self.weights.repeat_interleave(times, 0), self.numbers)
 
@@ -132,7 +135,7 @@ class LoraModule(ExpertModule):
 def train_bank(
     bank: LoraBank, skills: Sequence[str], objective: str, recipe: Recipe, world: World, contexts: Contexts
 ) -> Mapping[str, LoraMixture]:
-    """Return an adapter for every skill, and their sum under "", trained in one batch as our libraries are."""
+    """Return an adapter for every skill, trained in one batch as our libraries are."""
     run = Run(
         model=bank.spectral,
         skills=skills,
@@ -149,5 +152,4 @@ def train_bank(
         module = LoraModule(bank, tasks, objective, recipe, neutrals, Path(folder), contexts)
         fit(module, trainer_of(Path(folder), recipe, {}, progress=False), Path(folder))
     numbers, alone = module.offsets.detach(), torch.eye(len(tasks))
-    found = {task.name: LoraMixture(alone[place : place + 1], numbers) for place, task in enumerate(tasks)}
-    return found | {"": LoraMixture(torch.ones(1, len(tasks)), numbers)}
+    return {task.name: LoraMixture(alone[place : place + 1], numbers) for place, task in enumerate(tasks)}

@@ -123,7 +123,8 @@ class PeerModule(ExpertModule):
 
 def trained_on(on: Bench, kind: str, skills: Sequence[str], seed: int, rate: float) -> Peer:
     """Return harbor with an adapter that was trained on skills."""
-    recipe = recipe_of(skills[0], OBJECTIVE, seed=seed, learning_rate=rate, score_cases=0, validation_cases=0)
+    how = {"seed": seed, "learning_rate": rate, "mixing": 0.0, "score_cases": 0, "validation_cases": 0}
+    recipe = recipe_of(skills[0], OBJECTIVE, **how)
     run = Run(
         model=on.model,
         skills=skills,

@@ -38,8 +38,6 @@ from statistics import fmean, median
 from typing import Any, ClassVar
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.compose import OBJECTIVE, recipe
@@ -56,8 +54,8 @@ from svdexpert.dispatch.fewshot import search
 from svdexpert.dispatch.router import guessed_pairs, kinds_of_pairs, labels, probabilities, regressions
 from svdexpert.evaluate import FAMILIES, judge
 from svdexpert.forward import Forward
+from svdexpert.report import draw_shares
 from svdexpert.skills import load
-from svdexpert.storage import whole_file
 from svdexpert.worlds import World, assistant
 
 LABELS = {
@@ -495,18 +493,7 @@ def draw_confusion(grid: Grid, path: Path) -> None:
     table = torch.zeros(len(KINDS), len(chosen))
     for kind, who, count in rows:
         table[KINDS.index(kind), chosen.index(who)] += count
-    table = table / table.sum(-1, keepdim=True)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(chosen)), chosen, rotation=30, ha="right")
-    axes.set_yticks(range(len(KINDS)), KINDS)
-    for y, row in enumerate(table.tolist()):
-        for x, share in enumerate(row):
-            axes.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    draw_shares((table / table.sum(-1, keepdim=True)).tolist(), KINDS, chosen, path)
 
 
 def main(seeds: int = 3, n: int = 100, workers: int = 2) -> None:

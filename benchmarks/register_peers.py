@@ -76,7 +76,7 @@ def spoken(on: Bench, cases: Sequence[Case], speaker: Any) -> list[str]:
 
 
 def adapted(on: Bench, name: str, seed: int) -> Peer:
-    """Return harbor with a merge, with Arrow, or with the multi-task adapter."""
+    """Return harbor with the LoRA of a skill, with all three merged or routed by Arrow, or with the multi-task LoRA."""
     if name == "multi-task LoRA":
         return trained_on(on, "lora16", FAMILIES, seed, RATE)
     folder = RUNS / f"lora16-{OBJECTIVE}-{seed}-{weights()}"
@@ -94,10 +94,13 @@ def adapted(on: Bench, name: str, seed: int) -> Peer:
                 parent, _, place = path.rpartition(".")
                 setattr(routed.get_submodule(parent), place, module.base_layer)
         return Peer(routed, on.model.tokenizer, on.model.basis)
+    if name in FAMILIES:
+        one = PeftModel.from_pretrained(hf, str(folder / name))
+        return Peer(one.eval(), on.model.tokenizer, on.model.basis)
     merged = PeftModel.from_pretrained(hf, str(folder / FAMILIES[0]), adapter_name=FAMILIES[0])
     for skill in FAMILIES[1:]:
         merged.load_adapter(str(folder / skill), adapter_name=skill)
-    density = {} if name == "linear" else {"density": 0.5}
+    density = {} if name in ("linear", "cat") else {"density": 0.5}
     torch.manual_seed(seed)  # dare drops at random
     merged.add_weighted_adapter(list(FAMILIES), [1.0] * len(FAMILIES), "merged", combination_type=name, **density)
     merged.set_adapter("merged")

@@ -1,10 +1,13 @@
 """Which rows stand in a training step: every draw is a function of (seed, step, row), and of nothing else.
 
-    own rows       context and completions of the row's own expert at weight 1; every other expert is drawn to 0,
-                   to 1 or into (0, 1): mixture dropout
-    neutral rows   a context that is another skill's, or nobody's (knowing questions, plain talk); the row's own expert
-                   at weight 1, the context's owner at 0 if it is in training and at 1 if it is frozen, others drawn;
-                   the target is the base, with the frozen experts of the row: what an expert must not change
+    own rows       context and completions of the row's own expert at weight 1; in positives every other expert is drawn
+                   to 0, to 1 or into (0, 1): mixture dropout. In controls the others are at 0: the reply to learn is
+                   the base's own, and another expert may be due there (a request that is complete is a control of
+                   clarify and a positive of call)
+    neutral rows   a positive of another skill, or a context that is nobody's (knowing questions, plain talk); the row's
+                   own expert at weight 1, the context's owner at 0 if it is in training and at 1 if it is frozen,
+                   others drawn; the target is the base, with the frozen experts of the row: what an expert must not
+                   change
 
 Resuming, accumulating and running on several processes follow from that: they deal the same rows another way. The own
 rows of an expert do not depend on which others are trained beside it.
@@ -141,6 +144,8 @@ class Plan:
             target = [0.0] * len(self.examples) + weights[len(self.examples) :]
             return Row(expert, weights, target, one.prompt, [one.reply], "", seeds)
         example = self._example(expert, step * self.own_rows + row)
+        if example.positive is False:
+            weights = [float(place == expert) for place in range(len(weights))]
         completions = []
         if self.completions != "samples":
             completions.append(_pick(example.chosen_ids, draws))

@@ -687,10 +687,14 @@ class Run:
         return module
 
     def neutrals(self, tasks: Sequence[Task], contexts: Contexts | None = None) -> list[Neutral]:
-        """Return contexts with the base's own replies: those of all examples, knowing questions of a quarter of them,
-        plain talk; and those of frozen experts' skills, with the replies of these experts."""
+        """Return contexts with the base's own replies: positives of all skills, knowing questions of a quarter of their
+        cases, plain talk; and positives of frozen experts' skills, with the replies of these experts. Controls are
+        none: what is a control of one skill may be a positive of another."""
         found = [
-            Neutral(task.name, one.prompt, one.own_ids) for task in tasks for one in task.examples.rows if one.own_ids
+            Neutral(task.name, one.prompt, one.own_ids)
+            for task in tasks
+            for one in task.examples.rows
+            if one.own_ids and one.positive is not False
         ]
         room, asked = self.recipe.max_new_tokens, []
         for task in tasks:
@@ -733,7 +737,8 @@ class Run:
             return []
         cases = load(expert.skill).cases(self.world, "train", self._few, seed=self.recipe.seed)
         room = self.recipe.max_new_tokens
-        return [prompt_of(self.model, one.messages, one.tools, [], room) for one in cases if self._fits(one)]
+        some = [one for one in cases if one.positive and self._fits(one)]
+        return [prompt_of(self.model, one.messages, one.tools, [], room) for one in some]
 
     def _question(self, case: Case) -> Prompt | None:
         """Return a case's knowing question, None where it is too long."""

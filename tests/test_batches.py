@@ -82,13 +82,25 @@ def test_another_expert_beside_changes_no_row() -> None:
 
 def test_weights_of_others_are_drawn_as_they_should_be() -> None:
     drawn = [
-        weight for step in range(400) for row in plan(frozen=("old", "older")).rows(step) for weight in row.weights[2:]
+        weight
+        for step in range(400)
+        for row in plan(frozen=("old", "older")).rows(step)
+        if not row.case or int(row.case.rpartition("/")[2]) % 2 == 0  # in controls nobody else speaks
+        for weight in row.weights[2:]
     ]
     n = len(drawn)
     assert sum(one == 0 for one in drawn) / n == pytest.approx(0.5, abs=0.02)
     assert sum(one == 1 for one in drawn) / n == pytest.approx(0.25, abs=0.02)
     assert sum(0 < one < 1 for one in drawn) / n == pytest.approx(0.25, abs=0.02)
     assert not any(weight for row in plan(frozen=("old", "older"), mixing=0.0).rows(0) for weight in row.weights[2:])
+
+
+def test_nobody_else_speaks_in_controls() -> None:
+    positive = {row.id: row.positive for name in ("ask", "doubt") for row in some(name).rows}
+    for row in (row for step in range(40) for row in plan(frozen=("old",), mixing=1.0).rows(step) if row.case):
+        others = [weight for place, weight in enumerate(row.weights) if place != row.expert]
+        assert row.weights[row.expert] == 1.0
+        assert all(others) if positive[row.case] else not any(others)
 
 
 def test_parts_and_processes_deal_the_same_rows() -> None:

@@ -164,7 +164,9 @@ def test_frozen_experts_and_weights_of_zero_get_no_gradient() -> None:
     module = module_of(model, ("fake.ask", "fake.doubt"), "sft", {"old": frozen}, mixing=1.0)
     module.offsets.data.normal_(std=0.1)
     assert "frozen" not in module.state_dict()
-    rows = [row for row in module.plan.rows(0) if row.expert == 0]
+    positive = {one.id for one in module.tasks[0].examples.rows if one.positive}
+    rows = [row for row in module.plan.rows(0) if row.expert == 0 and row.case in positive]
+    assert rows
     assert all(row.weights[1] > 0 for row in rows)
     (both,) = torch.autograd.grad(module.loss(rows), module.offsets)
     assert (both != 0).any(-1).all()
@@ -238,7 +240,7 @@ def test_a_new_expert_leaves_the_frozen_ones_their_contexts(monkeypatch: pytest.
     old = replace(random_expert(model, 0.3), skill="fake.third")
     stranger = replace(old, skill="fake.doubt")  # does not ship: nothing is imported by the name in a file
     module = module_of(model, ("fake.ask",), "sft", {"old": old, "other": stranger}, neutral=0.5, cases=16)
-    assert Counter(one.owner for one in module.plan.neutrals)["old"] == 4
+    assert Counter(one.owner for one in module.plan.neutrals)["old"] == 2  # positives: in others somebody may be due
     assert {one.owner for one in module.plan.neutrals} <= {"ask", "", "old"}
 
 
