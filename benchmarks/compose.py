@@ -131,24 +131,24 @@ def in_all(
 def library(seed: int, n: int, base: Shares, *, pairs: bool = True, **changes: Any) -> dict[str, Any]:
     """Train three experts in one batch, and measure them and their sums."""
     on = bench(n)
-    return in_all(on, library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=seed, **changes)), base, pairs=pairs)
+    return in_all(on, library_of(on, FAMILIES, OBJECTIVE, recipe(seed=seed, **changes)), base, pairs=pairs)
 
 
 def apart(seed: int, n: int, base: Shares) -> dict[str, Any]:
     """Train three experts apart, and measure them and their sums."""
     on, of = bench(n), {"recipe": recipe(seed=seed, mixing=0.0), "progress": False}
-    return in_all(on, {name: train(on.model, name, OBJECTIVE, world=on.town, **of) for name in FAMILIES}, base)
+    return in_all(on, {name: train(on.model, name, OBJECTIVE, world=on.world, **of) for name in FAMILIES}, base)
 
 
 def joined(seed: int, n: int, three: Shares) -> dict[str, Any]:
     """Train a fourth expert against a library of three; measure what it costs these, and itself."""
     on = bench(n)
-    old = library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=seed))
-    of: dict[str, Any] = {"recipe": recipe(seed=seed), "world": on.town, "progress": False}
+    old = library_of(on, FAMILIES, OBJECTIVE, recipe(seed=seed))
+    of: dict[str, Any] = {"recipe": recipe(seed=seed), "world": on.world, "progress": False}
     new = train(on.model, FOURTH, OBJECTIVE, against=old, **of)
     solo = train(on.model, FOURTH, OBJECTIVE, **of)
     four = added([*old.values(), new])
-    some = {FOURTH: load(FOURTH).cases(on.town, "heldout", 2 * (n // 4), seed=0)}
+    some = {FOURTH: load(FOURTH).cases(on.world, "heldout", 2 * (n // 4), seed=0)}
     alone, beside = (shares(on.scores(one, some)) for one in (solo, four))
     return {"old": losses(three, shares(on.scores(four)), FAMILIES), "new": losses(alone, beside, [FOURTH])}
 
@@ -156,8 +156,8 @@ def joined(seed: int, n: int, three: Shares) -> dict[str, Any]:
 def eight(seed: int, n: int) -> dict[str, Any]:
     """Train eight experts in one batch, and measure their sum."""
     on = bench(n)
-    found = library_of(on.model, PARTS, OBJECTIVE, recipe(seed=seed))
-    cases = {name: load(name).cases(on.town, "heldout", 2 * (n // 8), seed=0) for name in PARTS}
+    found = library_of(on, PARTS, OBJECTIVE, recipe(seed=seed))
+    cases = {name: load(name).cases(on.world, "heldout", 2 * (n // 8), seed=0) for name in PARTS}
     by_path = {path: found[path.rpartition(".")[2]] for path in PARTS}
     return fall(on, by_path, added(found.values()), cases)
 
@@ -168,7 +168,7 @@ def of_lora(seed: int, n: int, rate: float, base: Shares | None) -> dict[str, An
     bank = LoraBank(on.model, rank=4)
     try:
         how = recipe(seed=seed, learning_rate=rate)
-        some = train_bank(bank, FAMILIES, OBJECTIVE, how, on.town, on.contexts)
+        some = train_bank(bank, FAMILIES, OBJECTIVE, how, on.world, on.contexts)
         if base is None:
             return {"validation": fmean(on.right(name, seed, added(some.values()), bank) for name in FAMILIES)}
         return {"rate": rate} | in_all(on, some, base, speaker=bank)

@@ -32,7 +32,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.compose import OBJECTIVE, recipe
-from benchmarks.grid import Grid, Job, Shares, added, base_row, bench, draw, library_of, losses, mean, shares
+from benchmarks.grid import Bench, Grid, Job, Shares, added, base_row, bench, draw, library_of, losses, mean, shares
 from benchmarks.register import of_seed
 from benchmarks.register_peers import Steered, adapted, prompted, spoken, steering
 from svdexpert import export_lora
@@ -60,7 +60,7 @@ BARS: dict[str, tuple[str, float]] = {
 def ours(seed: int, n: int) -> dict[str, Any]:
     """Return what a library does: dispatched, each expert alone, all added up."""
     on = bench(n)
-    library = library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=seed))
+    library = library_of(on, FAMILIES, OBJECTIVE, recipe(seed=seed))
     routed = chooser(of_seed(seed, n).router, on.model, library)
     alone: dict[str, Any] = {}
     for name, expert in library.items():
@@ -74,7 +74,11 @@ def ours(seed: int, n: int) -> dict[str, Any]:
 
 def peer(name: str, seed: int, n: int) -> dict[str, Any]:
     """Return doing and controls of a peer, by skill."""
-    on = bench(n)
+    return peer_on(bench(n), name, seed)
+
+
+def peer_on(on: Bench, name: str, seed: int) -> dict[str, Any]:
+    """Return doing and controls of a peer, by skill, in the cases of a world that it was made in."""
     found: dict[str, dict[str, float]] = {}
     speaker: Any = None
     if name == "steering":
@@ -99,10 +103,10 @@ def peer(name: str, seed: int, n: int) -> dict[str, Any]:
 def exported(n: int = 100) -> dict[str, Any]:
     """Return how many conversations PEFT answers with an exported mixture as we do."""
     on = bench(2)
-    library = library_of(on.model, FAMILIES, OBJECTIVE, recipe(seed=0))
+    library = library_of(on, FAMILIES, OBJECTIVE, recipe(seed=0))
     mixture = library["clarify"] + library["disagree"]
     tokenizer, (_, ends) = tokenizer_of(on.model), turn_ends(on.model)
-    cases = [one for name in ("clarify", "disagree") for one in draw(on.town, "heldout", n)[name][: n // 2]]
+    cases = [one for name in ("clarify", "disagree") for one in draw(on.world, "heldout", n)[name][: n // 2]]
     how: dict[str, Any] = {"max_new_tokens": 96, "do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": 0}
     same = 0
     with TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ import multiprocessing
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from statistics import fmean
@@ -189,14 +189,14 @@ class Bench:
 
     Attributes:
         model: harbor, attached.
-        town: where cases come from.
+        world: where cases come from.
         cases: held-out, by skill.
         real: held-out cases of real dialogues, if there are any.
         contexts: keeps what was read.
     """
 
     model: SpectralModel
-    town: World
+    world: World
     cases: Mapping[str, list[Case]]
     real: Mapping[str, list[Case]] | None
     contexts: Contexts
@@ -224,7 +224,7 @@ class Bench:
 
     def right(self, skill: str, seed: int, experts: Any, speaker: Any = None) -> float:
         """Return the mean of doing and controls on 200 cases of validation."""
-        cases = draw(self.town, "validation", 200, seed)[skill]
+        cases = draw(self.world, "validation", 200, seed)[skill]
         one = speaker or self.model
         with one.using(experts):
             replies = act(one, cases, progress=False, contexts=self.contexts)
@@ -243,7 +243,7 @@ class Bench:
         """Replies of 64 held-out dialogues, each behind its context."""
         tokenizer, (end, _) = tokenizer_of(self.model), turn_ends(self.model)
         found = []
-        for talk in self.town.dialogues("heldout", 64):
+        for talk in self.world.dialogues("heldout", 64):
             for place, message in enumerate(talk.messages):
                 if place and message["role"] == "assistant":
                     before = list(talk.messages[:place])
@@ -266,9 +266,14 @@ def bench(n: int, sgd: str | None = None) -> Bench:
         n: held-out cases a skill.
         sgd: folder of the Schema-Guided Dialogue data, of which 300 cases a skill are measured too.
     """
-    model, town = harbor(), worlds.load("town")
-    real = None if sgd is None else draw(worlds.load("sgd", sgd), "heldout", 300)
-    return Bench(model, town, draw(town, "heldout", n), real, Contexts(model, invocation_of(model), 8.0))
+    on = of_world("town", n)
+    return on if sgd is None else replace(on, real=draw(worlds.load("sgd", sgd), "heldout", 300))
+
+
+def of_world(name: str, n: int, data: str | None = None) -> Bench:
+    """Return what measures in a world: harbor, and n held-out cases a skill."""
+    model, world = harbor(), worlds.load(name, data)
+    return Bench(model, world, draw(world, "heldout", n), None, Contexts(model, invocation_of(model), 8.0))
 
 
 def base_row(n: int, sgd: str | None) -> dict[str, Any]:
@@ -280,12 +285,11 @@ def base_row(n: int, sgd: str | None) -> dict[str, Any]:
     return found
 
 
-def library_of(model: SpectralModel, skills: Sequence[str], objective: str, recipe: Recipe) -> dict[str, Expert]:
-    """Return experts trained in one batch in the town; they are kept, and trained once for all benchmarks."""
-    asked = json.dumps([list(skills), objective, asdict(recipe), weights(), str(model.basis.key)], sort_keys=True)
-    out = RUNS / hashlib.sha256(asked.encode()).hexdigest()[:12]
-    town = worlds.load("town")
-    return train_library(model, skills, objective, recipe=recipe, world=town, out=out, progress=False)
+def library_of(on: Bench, skills: Sequence[str], objective: str, recipe: Recipe) -> dict[str, Expert]:
+    """Return experts trained in one batch; they are kept, and trained once for all benchmarks."""
+    of = [list(skills), objective, on.world.name, asdict(recipe), weights(), str(on.model.basis.key)]
+    out = RUNS / hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+    return train_library(on.model, skills, objective, recipe=recipe, world=on.world, out=out, progress=False)
 
 
 class Addable(Protocol):

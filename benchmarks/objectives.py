@@ -62,7 +62,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         recipe = recipe_of(skill, objective, seed=seed, score_cases=0, validation_cases=0, **changes)
-        expert = train(on.model, skill, objective, recipe=recipe, world=on.town, out=out, progress=False)
+        expert = train(on.model, skill, objective, recipe=recipe, world=on.world, out=out, progress=False)
         checkpoint = (out / "checkpoints" / "last.ckpt").stat().st_size
         size = sum(path.stat().st_size for path in (out / "experts" / skill).iterdir())
     found = on.scores(expert)

@@ -130,7 +130,7 @@ def trained_on(on: Bench, kind: str, skills: Sequence[str], seed: int, rate: flo
         skills=skills,
         objective=OBJECTIVE,
         recipe=recipe,
-        world=on.town,
+        world=on.world,
         against={},
         out=None,
         progress=False,

@@ -173,7 +173,7 @@ class Seed:
 
     @property
     def world(self) -> World:
-        return self.on.town
+        return self.on.world
 
     @cached_property
     def items(self) -> list[Item]:
@@ -181,7 +181,7 @@ class Seed:
 
     @cached_property
     def library(self) -> Mapping[str, Expert]:
-        return library_of(self.model, FAMILIES, OBJECTIVE, recipe(seed=self.seed))
+        return library_of(self.on, FAMILIES, OBJECTIVE, recipe(seed=self.seed))
 
     @cached_property
     def oracle(self) -> dict[str, float]:

@@ -34,7 +34,7 @@ from svdexpert.evaluate import FAMILIES, act
 from svdexpert.layers import Scope
 from svdexpert.model import check_base
 from svdexpert.skills import Case, load
-from svdexpert.worlds import system
+from svdexpert.worlds import Message, system
 
 RATE = 3e-3
 """Learning rate of the LoRAs; the one that is chosen for rank 16 in benchmarks.peers."""
@@ -52,7 +52,7 @@ PEERS = ("system prompt", "steering", "steering by hand", *MERGES, "Arrow", "mul
 def peer_success(name: str, seed: int, n: int) -> dict[str, Any]:
     """Return the success of a peer by kind of the suite, and what was chosen in validation."""
     on = bench(2)
-    items = suite(on.town, "heldout", n)
+    items = suite(on.world, "heldout", n)
     cases = [one.case for one in items]
     chosen: dict[str, Any] = {}
     if name == "system prompt":
@@ -79,7 +79,7 @@ def adapted(on: Bench, name: str, seed: int) -> Peer:
     """Return harbor with the LoRA of a skill, with all three merged or routed by Arrow, or with the multi-task LoRA."""
     if name == "multi-task LoRA":
         return trained_on(on, "lora16", FAMILIES, seed, RATE)
-    folder = RUNS / f"lora16-{OBJECTIVE}-{seed}-{weights()}"
+    folder = RUNS / f"lora16-{OBJECTIVE}-{on.world.name}-{seed}-{weights()}"
     for skill in FAMILIES:
         if not (folder / skill / "adapter_config.json").exists():
             trained_on(on, "lora16", [skill], seed, RATE).adapted.save_pretrained(str(folder / skill))
@@ -111,14 +111,21 @@ def prompted(on: Bench, cases: Sequence[Case], seed: int) -> tuple[list[str], di
     """Return what the base says when it is asked for the behaviour."""
 
     def ask(prompt: str, some: Sequence[Case]) -> list[str]:
-        told = [replace(one, messages=(system(prompt), *one.messages)) for one in some]
+        told = [replace(one, messages=with_system(prompt, one.messages)) for one in some]
         with on.model.using(None):
             return act(on.model, told, progress=False)
 
-    held = draw(on.town, "validation", 60, seed)
+    held = draw(on.world, "validation", 60, seed)
     scores = [fmean(judged(name, some, ask(prompt, some)) for name, some in held.items()) for prompt in PROMPTS]
     best = max(range(len(PROMPTS)), key=lambda place: scores[place])
     return ask(PROMPTS[best], cases), {"prompt": PROMPTS[best], "validation": scores[best]}
+
+
+def with_system(prompt: str, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return a conversation under a system prompt, before what one says already."""
+    if messages[0]["role"] != "system":
+        return (system(prompt), *messages)
+    return (system(f"{prompt} {messages[0]['content']}"), *messages[1:])
 
 
 def judged(skill: str, cases: Sequence[Case], said: Sequence[str]) -> float:
@@ -165,7 +172,7 @@ def _adding(vector: Tensor) -> Any:
 
 def steering(on: Bench, seed: int) -> tuple[dict[str, tuple[int, Tensor]], dict[str, Any]]:
     """Return a layer and a vector (width) of every skill, and what was chosen in validation."""
-    cases, held = draw(on.town, "train", 200, seed), draw(on.town, "validation", 60, seed)
+    cases, held = draw(on.world, "train", 200, seed), draw(on.world, "validation", 60, seed)
     found, chosen = {}, {}
     for name in FAMILIES:
         differences = mean_differences(on, [one for one in cases[name] if one.positive])
