@@ -177,7 +177,7 @@ def figures(grid: Grid) -> dict[str, float]:
             for name in FAMILIES
             if f"doing{end}" in base[name]
         }
-        found[f"sgd_rise{end}"] = fmean(rises.values())
+        found[f"sgd_rise{end}"] = fmean(rises.values()) if rises else math.nan
         found |= {f"sgd_rise{end}_{name}": rise for name, rise in rises.items()}
     for name, key in (("sgd_control_change", "controls"), ("sgd_knowing_change", "knowing")):
         found[name] = min(mean(routed[one], key) - base[one][key] for one in FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from conftest import tiny
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import compose, grid, objectives, register, suite
+from benchmarks import compose, grid, interference, objectives, register, sgd, suite
 from benchmarks.grid import Grid, Job, losses
 from benchmarks.lora_bank import LoraBank, LoraMixture
 from svdexpert import SpectralModel, skills, worlds
@@ -153,3 +154,48 @@ def test_figures_of_the_register_are_means_over_seeds(tmp_path: Path, monkeypatc
     assert found["router_accuracy"] == pytest.approx(0.85)
     assert found["composite_router"] == pytest.approx(0.85)
     assert (found["reuse_speedup"], found["reread_over_refill"]) == (2.0, 4.0)
+
+
+SAME = {"doing": 0.9, "controls": 1.0, "knowing": 0.9}
+
+
+def test_interference_is_the_largest_fall_of_the_means() -> None:
+    names = interference.FAMILIES
+    base = {name: {"doing": 0.1, "controls": 1.0, "knowing": 0.9} for name in names}
+    tables = []
+    for controls in (0.9, 0.8):  # of disagree under clarify, in two seeds
+        table = {name: {other: dict(SAME if other == name else base[other]) for other in names} for name in names}
+        table["clarify"]["disagree"]["controls"] = controls
+        table[interference.ALL] = {name: SAME | {"doing": 0.8} for name in names}
+        tables.append(table)
+    found = interference.figures({"library": tables}, base)
+    assert found["off_skill_library"] == pytest.approx(0.15)
+    assert found["sum_loss_library"] == pytest.approx(0.1)
+    assert found["doing_library"] == pytest.approx(0.8)
+    assert found["alone_doing_library"] == pytest.approx(0.9)
+
+
+def test_a_rise_is_seen_by_services_and_beside_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "harbor_gate.json").write_text(
+        json.dumps(
+            {
+                "figures": {f"sgd_doing_{name}": 0.1 for name in sgd.FAMILIES}
+                | {f"sgd_natural_doing_{name}": 0.6 for name in sgd.FAMILIES}
+            }
+        )
+    )
+    for module in (grid, sgd):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    opened = Grid.open("sgd", sgd.BARS)
+    low = {name: {"doing": 0.1, "controls": 1.0, "knowing": 0.9, "doing_seen": 0.2} for name in sgd.FAMILIES}
+    high = {name: {"doing": 0.5, "controls": 0.9, "knowing": 0.9, "doing_seen": 0.7} for name in sgd.FAMILIES}
+    opened.once({"what": "base"}, lambda: {"scores": low, "composite": 0.0})
+    switch = {"decided": 1.0, "success": 0.5}
+    row = {"dispatched": high, "alone": high, "sum": high, "composite": 0.25, "switch": switch}
+    opened.once({"what": "ours", "seed": 0}, lambda: row)
+    found = sgd.figures(opened)
+    assert found["sgd_rise"] == pytest.approx(0.4)
+    assert found["sgd_rise_seen"] == pytest.approx(0.5)
+    assert found["sgd_control_change"] == pytest.approx(-0.1)
+    assert found["sgd_gap_closed"] == pytest.approx(0.8)
+    assert found["switch_success"] == 0.5
