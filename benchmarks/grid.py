@@ -255,7 +255,7 @@ class Bench:
 
 def harbor(**basis: Any) -> SpectralModel:
     """Return harbor, attached."""
-    return SpectralModel.from_pretrained("harbor", dtype="float32", progress=False, **basis)
+    return SpectralModel.from_pretrained("harbor", progress=False, **basis)
 
 
 @lru_cache(maxsize=2)

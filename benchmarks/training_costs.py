@@ -46,7 +46,7 @@ def four_in_one_batch(rounds: int = 40) -> dict[str, Any]:
     found: dict[str, Any] = {}
     torch.manual_seed(0)
     for rows in ROWS:
-        ours, lora = SpectralModel.from_pretrained("harbor", dtype="float32", progress=False), lora_like_ours(16)
+        ours, lora = SpectralModel.from_pretrained("harbor", progress=False), lora_like_ours(16)
         ids = torch.randint(ours.hf.config.vocab_size, (EXPERTS * rows, TOKENS))
         steps = {"ours": of_ours(ours, ids), "lora": of_lora(lora, ids)}
         timings = interleaved(steps, rounds, time.perf_counter)
@@ -82,7 +82,7 @@ def of_lora(models: list[Any], ids: Tensor) -> Step:
 
 def lora_like_ours(rank: int) -> list[Any]:
     """Return harbor with a LoRA on the matrices that our experts touch, once an expert."""
-    basis = SpectralModel.from_pretrained("harbor", dtype="float32", progress=False).basis
+    basis = SpectralModel.from_pretrained("harbor", progress=False).basis
     base = AutoModelForCausalLM.from_pretrained(check_base("harbor"), dtype=torch.float32)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(basis.names))
     return [get_peft_model(deepcopy(base), config) for _ in range(EXPERTS)]

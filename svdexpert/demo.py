@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from svdexpert import Expert, Library, Recipe, SpectralModel, check_lora, export_lora, skills, train_library, worlds
@@ -42,7 +41,7 @@ def run(folder: Path, n: int = 64, data: str | None = None, recipe: Recipe = REC
     folder.mkdir(parents=True, exist_ok=True)
 
     # 1. Any causal LM with a chat template: load it, decompose it (once: the factors are cached), attach the basis.
-    model = SpectralModel.from_pretrained("harbor", dtype=torch.float32)
+    model = SpectralModel.from_pretrained("harbor")
     say(f"[bold]1.[/] {model.basis!r}")
 
     # 2. Three skills in one batch: beside each expert the others speak at random weights, so that they can be added up.

@@ -156,7 +156,8 @@ class SpectralModel:
             targets: shell-style patterns of module names that narrow what is adapted.
             calibration: texts, one batch each, for support "sensitivity".
             form: "delta"; "factored" needs k="full" and does not read W while a mixture is active.
-            dtype: of the loaded weights; "auto" is the checkpoint's own.
+            dtype: of the loaded weights; "auto" is the checkpoint's own, and fp32 for harbor, which is small: CPUs
+                without bf16 compute in it very slowly.
             device_map: as in transformers.
             token: for private repositories.
             trust_remote_code: run modelling code from the repository.
@@ -167,6 +168,8 @@ class SpectralModel:
             BasisError: the model cannot be loaded, or not be decomposed as asked.
         """
         name, base = str(base), check_base(base)
+        if name == "harbor" and dtype == "auto":
+            dtype = torch.float32
         where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -257,10 +257,9 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
     run: Run, skilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router, log = tmp_path / "router.safetensors", tmp_path / "log.jsonl"
-    fast = ("--dtype", "float32")  # where a CPU has no bf16
-    said = run("dispatch", "fit", skilled, "--out", router, "--n", 40, "--validation", 20, *fast)
+    said = run("dispatch", "fit", skilled, "--out", router, "--n", 40, "--validation", 20)
     assert "router for call, clarify, disagree" in said
-    said = run("dispatch", "eval", router, skilled, "--n", 20, "--log", log, *fast)
+    said = run("dispatch", "eval", router, skilled, "--n", 20, "--log", log)
     assert "should speak" in said
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert 90 < len(rows) <= 100  # 20 cases and 10 knowing questions a skill, and replies of functions
@@ -268,7 +267,7 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
     own = tmp_path / "own.jsonl"
     lines = [{"messages": row["messages"], "experts": row["wanted"]} for row in rows]
     own.write_text("\n".join(map(json.dumps, lines)))
-    assert "right in" in run("dispatch", "eval", router, skilled, "--examples", own, *fast)
+    assert "right in" in run("dispatch", "eval", router, skilled, "--examples", own)
     typed = iter(["Book me a table.", "/why", "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(typed))
     history = tmp_path / "talk.json"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import svdexpert
-from svdexpert import SpectralModel, worlds
+from svdexpert import Expert, SpectralModel, worlds
 from svdexpert.evaluate import knowing_doing
 from svdexpert.reply import Call
 from svdexpert.worlds import Message, assistant, calling, result, system, tool, user
@@ -47,6 +47,15 @@ def test_plain_transformers_loads_a_small_llama(folder: Path) -> None:
     assert (shape.model_type, shape.vocab_size, shape.max_position_embeddings) == ("llama", 2048, 1024)
     assert shape.num_key_value_heads < shape.num_attention_heads
     assert shape.tie_word_embeddings
+
+
+def test_harbor_is_loaded_in_fp32_and_takes_experts_of_the_checkpoint_as_it_is() -> None:
+    """CPUs without bf16 compute in it very slowly; the weights are the same numbers."""
+    model = SpectralModel.from_pretrained("harbor", k=2, cache=False, progress=False)
+    assert model.hf.dtype == torch.float32
+    stored = SpectralModel.from_pretrained("harbor", k=2, cache=False, dtype="bfloat16", progress=False)
+    expert = Expert.random(stored.basis)
+    expert.check_on(model.basis)
 
 
 def test_the_card_says_licence_and_deficit() -> None:
@@ -90,7 +99,7 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
 
 def test_it_knows_and_does_not_do() -> None:
     """The gate measures this with n = 500; here n = 40 shows that the shipped weights are those it measured."""
-    model = SpectralModel.from_pretrained("harbor", k=8, cache=False, dtype="float32", progress=False)
+    model = SpectralModel.from_pretrained("harbor", k=8, cache=False, progress=False)
     figures = json.loads(Path("benchmarks/results/harbor_gate.json").read_text())["figures"]
     for one in knowing_doing(model, worlds.load("town"), n=40, progress=False):
         for name in ("knowing", "doing", "controls"):
