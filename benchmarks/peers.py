@@ -121,10 +121,12 @@ class PeerModule(ExpertModule):
         torch.nn.utils.clip_grad_norm_(self.peer.parameters, self.recipe.clip)
 
 
-def trained_on(on: Bench, kind: str, skills: Sequence[str], seed: int, rate: float) -> Peer:
-    """Return harbor with an adapter that was trained on skills."""
+def module_of(
+    on: Bench, one: Peer, skills: Sequence[str], seed: int, rate: float, folder: Path, *, activated: bool = True
+) -> PeerModule:
+    """Return an adapter that is to be trained on skills; activated as ours are, or acting on all tokens."""
     how = {"seed": seed, "learning_rate": rate, "mixing": 0.0, "score_cases": 0, "validation_cases": 0}
-    recipe = recipe_of(skills[0], OBJECTIVE, **how)
+    recipe = recipe_of(skills[0], OBJECTIVE, **how, activated=activated)
     run = Run(
         model=on.model,
         skills=skills,
@@ -135,12 +137,18 @@ def trained_on(on: Bench, kind: str, skills: Sequence[str], seed: int, rate: flo
         out=None,
         progress=False,
     )
-    tasks = run.tasks(on.contexts)
+    contexts = on.contexts if activated else Contexts(on.model, ())
+    return PeerModule(one, run.tasks(on.contexts), recipe, run, folder, contexts)
+
+
+def trained_on(on: Bench, kind: str, skills: Sequence[str], seed: int, rate: float, *, activated: bool = True) -> Peer:
+    """Return harbor with an adapter that was trained on skills."""
     torch.manual_seed(seed)
     one = peer(on.model, kind)
-    with TemporaryDirectory() as folder:
-        module = PeerModule(one, tasks, recipe, run, Path(folder), on.contexts)
-        fit(module, trainer_of(Path(folder), recipe, {}, progress=False), Path(folder))
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        module = module_of(on, one, skills, seed, rate, folder, activated=activated)
+        fit(module, trainer_of(folder, module.recipe, {}, progress=False), folder)
     return one
 
 

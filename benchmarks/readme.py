@@ -57,7 +57,8 @@ COMPOSED = {
 
 REGISTER = (
     *("base", "uniform", "best_single", "sum", "bag_of_words", "prompt", "classify", "router", "oracle"),
-    *("system_prompt", "steering", "steering_by_hand", "linear", "ties", "dare_ties", "Arrow", "multi-task_LoRA"),
+    *("system_prompt", "steering", "steering_by_hand", "linear", "ties", "dare_ties", "Arrow", "X-LoRA"),
+    "multi-task_LoRA",
 )
 """Rows of the register's table: strategies, then peers."""
 

@@ -7,9 +7,10 @@
     linear, ties, dare_ties   PEFT's merges of three LoRAs of rank 16, one a skill, weights 1, density 1/2
     Arrow              PEFT's routing of the same LoRAs by token (Ostapenko et al. 2024)
     multi-task LoRA    one LoRA of rank 16, trained on all three skills in one batch
+    X-LoRA             PEFT's mixing of LoRAs by a trained network (benchmarks/x_lora.py), one seed, fewer contexts
 
-The LoRAs are trained on the data, rows and steps of our experts; all act from the reply on, as ours do. No composite is
-seen in training by any of them, nor by ours.
+The LoRAs are trained on the data, rows and steps of our experts; all but X-LoRA's act from the reply on, as ours do. No
+composite is seen in training by any of them, nor by ours.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks import x_lora
 from benchmarks.grid import RUNS, Bench, bench, draw, weights
 from benchmarks.peers import OBJECTIVE, Adapter, Peer, trained_on
 from benchmarks.suite import KINDS, RIGHT, success, suite
@@ -46,7 +48,7 @@ PROMPTS = (
 )
 COEFFICIENTS = (0.5, 1.0, 2.0, 4.0)
 MERGES = ("linear", "ties", "dare_ties")
-PEERS = ("system prompt", "steering", "steering by hand", *MERGES, "Arrow", "multi-task LoRA")
+PEERS = ("system prompt", "steering", "steering by hand", *MERGES, "Arrow", "multi-task LoRA", "X-LoRA")
 
 
 def peer_success(name: str, seed: int, n: int) -> dict[str, Any]:
@@ -64,6 +66,8 @@ def peer_success(name: str, seed: int, n: int) -> dict[str, Any]:
             some = [one.case for one in items if one.kind == kind]
             skills = RIGHT[kind][0] if name.endswith("by hand") else FAMILIES
             said += spoken(on, some, Steered(on.model, [vectors[one] for one in skills]))
+    elif name == "X-LoRA":
+        said = x_lora.spoken(on, cases, x_lora.x_lora(on, seed, RATE))
     else:
         said = spoken(on, cases, adapted(on, name, seed))
     return {"success": success(items, said), "chosen": chosen}
