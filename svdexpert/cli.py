@@ -261,7 +261,7 @@ def knowing_doing(
         model: hub id or local folder; "harbor" is the embedded base.
         world: generated cases; or, with --data, real dialogues, real functions, questions with a false premise.
         data: folder of the files, e.g. of a clone of their public repository, or the id of a dataset on the hub.
-        families: names of skills, or import paths of one's own; by default those that the world is for.
+        families: names of skills, or one's own, Python files or import paths; by default those that the world is for.
         split: of the world; "heldout" shares no entity and no whole phrasing with "train".
         n: cases a family, even: half positives, half controls.
         seed: of the cases.
@@ -345,9 +345,9 @@ def train_experts(
     """Train an expert for a skill, or a library for several in one batch; an interrupted run goes on where it was.
 
     Args:
-        skill: name of a skill, import path of one's own, or a JSONL or Parquet file in one of TRL's formats; a list of
-            them is trained as a library whose experts can be added up.
-        objective: sft, dpo, rloo, or the import path of one's own.
+        skill: name of a skill, one's own (a Python file or an import path), or a JSONL or Parquet file in one of TRL's
+            formats; a list of them is trained as a library whose experts can be added up.
+        objective: sft, dpo, rloo, or one's own, a Python file or an import path.
         model: hub id or local folder; "harbor" is the embedded base.
         recipe: how to train.
         out: folder of the run (default: runs/train/SKILL-OBJECTIVE).
@@ -369,11 +369,13 @@ def train_experts(
         num_nodes: machines.
     """
     from svdexpert import training, worlds
+    from svdexpert.examples import is_file
     from svdexpert.model import SpectralModel
+    from svdexpert.registry import stem
 
     _quiet_when_piped()
     skills = [skill] if isinstance(skill, str) else skill
-    name = "-".join([*(Path(one).stem if "/" in one else one for one in skills), objective])
+    name = "-".join([*(Path(one).stem if is_file(one) else stem(one) for one in skills), objective])
     folder = Path(out or f"runs/train/{name}")
     frozen = _experts(against)
     if frozen:
@@ -440,7 +442,7 @@ def fit_dispatcher(
     Args:
         experts: folder of the library that it chooses from.
         model: hub id or local folder; "harbor" is the embedded base.
-        strategy: router, prompt, classify, fewshot or fixed, or an import path of one's own.
+        strategy: router, prompt, classify, fewshot or fixed, or one's own, a Python file or an import path.
         out: file to write; an earlier one is replaced.
         skills: whose cases it learns from; by default those that the experts are named after.
         examples: JSONL file of one's own instead: messages, experts (a list of names), maybe tools and reply.

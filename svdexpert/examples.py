@@ -221,7 +221,7 @@ _WANTED = "expected messages, or prompt and completion, or prompt, chosen and re
 
 def is_file(name: str) -> bool:
     """Return whether a skill's name is the path of a file of examples."""
-    return "/" in name or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv")
+    return not name.endswith(".py") and ("/" in name or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv"))
 
 
 def of_file(model: SpectralModel, path: str | Path) -> Examples:

@@ -66,6 +66,7 @@ from svdexpert.mixture import Mixture
 from svdexpert.model import SpectralModel
 from svdexpert.objectives import Scored
 from svdexpert.recipe import Recipe
+from svdexpert.registry import stem
 from svdexpert.report import draw_learning_curve
 from svdexpert.skills import Case, Skill, load
 from svdexpert.skills import names as skill_names
@@ -534,7 +535,7 @@ class Run:
     @property
     def names(self) -> list[str]:
         """Names of the experts: those of the skills, or of the files."""
-        found = [Path(one).stem if is_file(one) else one.rpartition(".")[2] for one in self.skills]
+        found = [Path(one).stem if is_file(one) else stem(one) for one in self.skills]
         return [re.sub(r"[^A-Za-z0-9._-]+", "-", one) for one in found]
 
     @property
@@ -546,7 +547,7 @@ class Run:
         """Return what the run is, as JSON: settings, and digests of all that it is made from."""
         model, key = self.model, self.model.basis.key
         settings = objectives.settings_of(objectives.load(self.objective), self.recipe.settings, self.recipe.samples)
-        files = {one: Path(one).read_bytes() for one in self.skills if is_file(one) and Path(one).is_file()}
+        files = {one: Path(one).read_bytes() for one in self.skills if Path(one).is_file()}
         against = {name: one.flat(model.basis).numpy().tobytes() for name, one in self.against.items()}
         found = {
             "base": str(key),

@@ -7,12 +7,15 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from conftest import byte_tokenizer, tiny
 
 from benchmarks.readme import filled
+from svdexpert import skills, worlds
+from svdexpert.worlds import SPLITS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,6 +51,29 @@ def test_the_code_runs(stand_in: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(blocks("python")) >= 4
     run_python(tmp_path, stand_in)
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_its_own_skill_is_sound_and_its_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (one for one in blocks("python") if "MOVE =" in one)
+    (tmp_path / "dose.py").write_text(block)
+    skill, splits = skills.load(str(tmp_path / "dose.py")), {}
+    for split in SPLITS:
+        cases = skill.cases(worlds.load("town"), split, 12)
+        splits[split] = {one.cluster for one in cases}
+        assert [one.positive for one in cases] == [True, False] * 6
+        for case in cases:
+            assert skill.verify(case, case.gold[0]).score == 1
+            assert [skill.verify(case, one.reply).error for one in case.bad] == [one.error for one in case.bad]
+        for policy in skill.DEGENERATE.values():
+            assert sum(skill.verify(case, policy(case)).score for case in cases) <= 0
+    assert not splits["train"] & splits["heldout"]
+    config = re.search(r"    # dose.yaml.*?\n\n", README, flags=re.S)
+    assert config is not None
+    (tmp_path / "dose.yaml").write_text(textwrap.dedent(config.group()))
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "svdexpert.cli", "train", "--config", "dose.yaml", "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "skill: dose.py" in done.stdout, done.stderr
 
 
 def test_the_first_code_is_short() -> None:

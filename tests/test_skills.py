@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from svdexpert import skills
 from svdexpert.errors import SkillError
+from svdexpert.registry import stem
 from svdexpert.reply import Call, read, same_value, write_call
 from svdexpert.skills import Case, Knowing, check_tool, half
 from svdexpert.skills.disagree import stance
@@ -316,6 +317,19 @@ def test_unknown_skills_and_modules_that_are_none(tmp_path: Path, monkeypatch: p
         skills.load("my_package.empty")
     with pytest.raises(SkillError, match="There is no skill"):
         skills.load("my_package.nothing")
+
+
+def test_a_skill_of_ones_own_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "my-skill.py"
+    file.write_text("MOVE, OPENINGS, DEGENERATE = 'ask', None, {}\n\ndef cases(): ...\n\ndef verify(): ...\n")
+    assert skills.load(str(file)) is skills.load(str(file))
+    assert stem(str(file)) == "my-skill"
+    assert [stem(name) for name in ("call", "my_package.call")] == ["call", "call"]
+    with pytest.raises(SkillError, match=r"There is no file .*nothing\.py with a skill"):
+        skills.load(str(tmp_path / "nothing.py"))
+    (tmp_path / "half.py").write_text("MOVE = 'ask'\n")
+    with pytest.raises(SkillError, match="it lacks cases, verify"):
+        skills.load(str(tmp_path / "half.py"))
 
 
 def test_a_quotation_keeps_the_end_and_what_it_is_told_to_keep() -> None:

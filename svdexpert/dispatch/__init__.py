@@ -8,8 +8,8 @@ A module here offers
     def restored(card, tensors) -> Dispatcher                    the inverse of the dispatcher's `stored()`
 
 and its dispatcher what `svdexpert.decision.Dispatcher` asks for. The folder is the registry, and
-`load("my_package.my_strategy")` takes a strategy from anywhere on the import path. A dispatcher is one safetensors file
-that names its strategy, its base and its experts; it is refused where it does not fit.
+`load("my_package.my_strategy")` or `load("folder/my_strategy.py")` takes a strategy from anywhere. A dispatcher is one
+safetensors file that names its strategy, its base and its experts; it is refused where it does not fit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from svdexpert.expert import Expert
 from svdexpert.forward import Forward, left_padded
 from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
-from svdexpert.registry import member, members
+from svdexpert.registry import member, members, stem
 from svdexpert.skills import Case, Skill, check_tool
 from svdexpert.skills import load as load_skill
 from svdexpert.storage import whole_file
@@ -94,7 +94,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Strategy:
-    """Return a strategy by the name of its file here, or by the import path of a module of one's own.
+    """Return a strategy by the name of its file here, or one's own by the path of a file or by import path.
 
     Raises:
         DispatchError: there is none of that name, or the module lacks a part of one.
@@ -159,7 +159,7 @@ def examples_of(
     Nobody should in knowing questions, and nobody where a function has just replied.
 
     Args:
-        skills: names of skills, which are names of experts.
+        skills: names of skills, which are names of experts, or paths of one's own.
         world: where cases come from.
         split: the split.
         n: cases of each skill, even.
@@ -169,7 +169,7 @@ def examples_of(
     Raises:
         SkillError: an unknown skill, n is odd.
     """
-    loaded = {name: load_skill(name) for name in skills}
+    loaded = {stem(name): load_skill(name) for name in skills}
     found = []
     for name, skill in loaded.items():
         cases = skill.cases(world, split, n, seed=seed)

@@ -12,7 +12,8 @@ An objective module offers
 "chosen": the preferred completion alone (g = 1). "pair": preferred, rejected (g = 2). "samples": g completions drawn
 from the model in training at temperature 1, with the reward of each.
 
-The folder is the registry, and `load("my_package.my_objective")` takes one from anywhere on the import path.
+The folder is the registry, and `load("my_package.my_objective")` takes one from anywhere on the import path,
+`load("folder/my_objective.py")` from a file.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Objective:
-    """Return an objective by the name of its file here, or by the import path of a module of one's own.
+    """Return an objective by the name of its file here, or one's own by the path of a file or by import path.
 
     Raises:
         TrainingError: there is no such objective, or the module lacks a part of one.

@@ -11,7 +11,8 @@ A skill module offers
     OPENINGS: Openings                                         how that move begins, and how its opposite does
     DEGENERATE: dict[str, Callable[[Case], str]]               one-sided policies, which must average 0 or less
 
-The folder is the registry, and `load("my_package.my_skill")` takes a skill from anywhere on the import path.
+The folder is the registry, and `load("my_package.my_skill")` takes a skill from anywhere on the import path,
+`load("folder/my_skill.py")` from a file.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Skill:
-    """Return a skill by the name of its file here, or by the import path of a module of one's own.
+    """Return a skill by the name of its file here, or one's own by the path of a file or by import path.
 
     Raises:
         SkillError: there is no such skill, or the module lacks a part of one.
