@@ -12,7 +12,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-DEFAULTS = {"train": ["train", "clarify"], "dispatch": ["dispatch", "fit", "nowhere"]}
+DEFAULTS = {
+    "train": ["train", "clarify"],
+    "dispatch": ["dispatch", "fit", "nowhere"],
+    "bench": ["bench", "knowing-doing"],
+}
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
