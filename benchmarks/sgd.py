@@ -31,11 +31,12 @@ import yaml
 from benchmarks.demo import PEERS, both, peer_on
 from benchmarks.grid import MEASURES, RESULTS, Bench, Grid, Job, Shares, added, draw, library_of, mean, of_world, shares
 from benchmarks.objectives import CONFIGS
+from benchmarks.suite import Item, replies
 from svdexpert import Expert, Recipe
 from svdexpert.cli import run_command
-from svdexpert.decision import Context, Dispatcher
+from svdexpert.decision import Dispatcher
 from svdexpert.dispatch import chooser, decide, examples_of, fit
-from svdexpert.evaluate import FAMILIES, SkillResult, act
+from svdexpert.evaluate import FAMILIES, SkillResult
 from svdexpert.skills import Case, load
 
 TRAINED = yaml.safe_load((CONFIGS / "sgd-library.yaml").read_text())
@@ -118,20 +119,12 @@ def answered(
     on: Bench, dispatcher: Dispatcher | None, library: Mapping[str, Expert], cases: Sequence[Case]
 ) -> list[tuple[bool, frozenset[str]]]:
     """Return of every case whether the reply was right, and who spoke."""
-    contexts = [Context(one.messages, one.tools) for one in cases]
-    made = [] if dispatcher is None else decide(dispatcher, on.model, contexts, library)
-    who = [one.chosen for one in made] or [frozenset[str]()] * len(cases)
-    groups: dict[str, list[int]] = {}
-    for place in range(len(cases)):
-        groups.setdefault(json.dumps(dict(made[place].weights) if made else {}, sort_keys=True), []).append(place)
-    right = {}
-    for weights, places in groups.items():
-        mixture = {name: weight for name, weight in json.loads(weights).items() if weight}
-        with on.model.using(mixture or None, library):
-            said = act(on.model, [cases[place] for place in places], progress=False, contexts=on.contexts)
-        for place, reply in zip(places, said, strict=True):
-            right[place] = load(cases[place].skill).verify(cases[place], reply).right
-    return [(right[place], who[place]) for place in range(len(cases))]
+    items = [Item(one.skill, one) for one in cases]
+    made = [] if dispatcher is None else decide(dispatcher, on.model, [one.context for one in items], library)
+    weights = [one.weights for one in made] or [{} for _ in items]
+    who = [one.chosen for one in made] or [frozenset[str]() for _ in items]
+    said = replies(on, library, items, weights)
+    return [(one.right(reply), names) for one, reply, names in zip(items, said, who, strict=True)]
 
 
 def switched(on: Bench, dispatcher: Dispatcher, library: Mapping[str, Expert], n: int) -> dict[str, float]:

@@ -58,7 +58,7 @@ def x_lora(on: Bench, seed: int, rate_of_loras: float) -> PeftModel:
             for part in range(PARTS):
                 some = due[part * len(due) // PARTS : (part + 1) * len(due) // PARTS]
                 loss = nats([one.prompt for one in some], [one.completions[0] for one in some], routed).sum() / len(due)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(network, rows.recipe.clip)
             optimizer.step()
     return routed.eval()
