@@ -64,6 +64,7 @@ class Expert:
         core: "diag" or "dense".
         invocation: ids of the tokens from whose last occurrence on it acts ("activated"): those with which the chat
             template opens a reply; () acts on all tokens.
+        reach: tokens of the reply that it decides on, if it is activated; what follows is the base's again. 0 is all.
         skill: what it was trained for.
         objective: how it was trained.
         config: the resolved configuration of the run that made it (JSON values).
@@ -80,6 +81,7 @@ class Expert:
     singular_values: Mapping[str, Tensor]
     core: Core = "diag"
     invocation: tuple[int, ...] = ()
+    reach: int = 0
     skill: str | None = None
     objective: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -90,6 +92,10 @@ class Expert:
     def __post_init__(self) -> None:
         if self.core not in get_args(Core):
             raise ExpertError(f"core is {self.core!r}." + did_you_mean(str(self.core), get_args(Core)))
+        if self.reach < 0 or (self.reach and not self.invocation):
+            raise ExpertError(
+                f"reach is {self.reach}: expected tokens of a reply, of an activated expert, or 0 for all of them."
+            )
         for what, tensors, square in (
             ("offsets", self.offsets, self.core == "dense"),
             ("singular_values", self.singular_values, False),
@@ -121,7 +127,7 @@ class Expert:
             basis: what the offsets are for.
             offsets: by matrix name; (k), or (k k) for a dense core.
             core: kind of offsets.
-            card: any of invocation, skill, objective, config, seed, scores.
+            card: any of invocation, reach, skill, objective, config, seed, scores.
         """
         copied = {name: one.detach().to("cpu", torch.float32, copy=True) for name, one in offsets.items()}
         return cls(basis.key, copied, basis.singular_values, core, **card)
@@ -196,7 +202,7 @@ class Expert:
             return NotImplemented
         return (
             self.core == other.core
-            and self.invocation == other.invocation
+            and (self.invocation, self.reach) == (other.invocation, other.reach)
             and self.key.matrices == other.key.matrices
             and not self.key.differences(other.key)
             and all(torch.equal(self.offsets[name], other.offsets[name]) for name in self.offsets)
@@ -207,6 +213,13 @@ class Expert:
     def change(self, name: str) -> Tensor:
         """Return the change of one matrix in the basis: C of dW = U_k C V_k^T, as (k) for diag, (k k) for dense."""
         return self.offsets[name] * _scale(self.singular_values[name], self.core)
+
+    @property
+    def where(self) -> str:
+        """On which tokens it acts, in words."""
+        if not self.invocation:
+            return "on all tokens"
+        return f"from the tokens {list(self.invocation)} on" + (f", {self.reach} tokens far" if self.reach else "")
 
     def norm(self) -> float:
         """Return the Frobenius norm of the change of all weights together: (sum_i (s_i d_i)^2)^1/2."""
@@ -219,7 +232,8 @@ class Expert:
 
     def __repr__(self) -> str:
         numbers = sum(one.numel() for one in self.offsets.values())
-        activated = ", activated" if self.invocation else ""
+        reach = f" for {self.reach} tokens" if self.reach else ""
+        activated = f", activated{reach}" if self.invocation else ""
         return f"Expert({self.skill or 'unnamed'}, {numbers} offsets, {self.core}{activated}, for {self.key})"
 
     # --- does it fit?
@@ -236,15 +250,15 @@ class Expert:
         """Raise unless this expert may act on the basis `key`, with this core, and beside another expert.
 
         Raises:
-            MismatchError: another base, revision, support, k, first layer, set of matrices, core or invocation; it
-                lists them all.
+            MismatchError: another base, revision, support, k, first layer, set of matrices, core, invocation or
+                reach; it lists them all.
         """
         found = key.differences(self.key)
         core = like.core if like is not None else core
         if core is not None and core != self.core:
             found.append(f"core {self.core}, here {core}")
-        if like is not None and like.invocation != self.invocation:
-            found.append(f"acts {_where(self.invocation)}, here {_where(like.invocation)}")
+        if like is not None and like.where != self.where:
+            found.append(f"acts {self.where}, here {like.where}")
         if found:
             raise MismatchError(
                 f"{who or self}: made for {self.key}, {to} is {key}.\n"
@@ -360,7 +374,7 @@ class Expert:
             )
             kinds = {kind: {n: one[n] for n in (*key.matrices, *one) if n in one} for kind, one in kinds.items()}
             described = {name: card[name] for name in ("core", "skill", "objective", "config", "seed", "scores")}
-            described["invocation"] = tuple(card["invocation"])
+            described |= {"invocation": tuple(card["invocation"]), "reach": card["reach"]}
             return cls(key, kinds["offsets"], kinds["singular_values"], **described, version=card["library_version"])
         except ExpertError as error:
             raise ExpertError(f"{folder}: {error}") from None
@@ -378,6 +392,7 @@ class Expert:
             "first_layer": self.key.first_layer,
             "core": self.core,
             "invocation": list(self.invocation),
+            "reach": self.reach,
             "matrices": {
                 name: {"shape": list(one.shape), "k": one.k, "fingerprint": one.fingerprint}
                 for name, one in self.key.matrices.items()
@@ -388,10 +403,6 @@ class Expert:
             "seed": self.seed,
             "scores": dict(self.scores),
         }
-
-
-def _where(invocation: tuple[int, ...]) -> str:
-    return f"from the tokens {list(invocation)} on" if invocation else "on all tokens"
 
 
 def offset_shapes(key: BasisKey, core: Core) -> dict[str, tuple[int, ...]]:
@@ -500,6 +511,7 @@ _CARD_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "first_layer": (_is_count, "a whole number from 0"),
     "core": (lambda x: x in get_args(Core), " or ".join(get_args(Core))),
     "invocation": (lambda x: isinstance(x, list) and all(map(_is_count, x)), "a list of token ids"),
+    "reach": (_is_count, "a whole number from 0"),
     "matrices": (
         lambda x: isinstance(x, dict) and bool(x) and all(map(_is_matrix, x.values())),
         "shape, k and fingerprint by matrix name",

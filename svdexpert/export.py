@@ -125,6 +125,12 @@ def export_lora(
             f"Rank {rank} keeps {share:.4f} of the expert's change, less than 0.99. Use a higher rank, or "
             "allow_lossy=True if that is enough. Nothing was written."
         )
+    if expert.reach:
+        raise ExportError(
+            f"This expert decides on the first {expert.reach} tokens of a reply alone, and no server knows where to "
+            "stop. dataclasses.replace(expert, reach=0) leaves as a LoRA that acts to the end of the reply. Nothing "
+            "was written."
+        )
     config = _lora_config(model, rank, expert.invocation)
     with _new_folder(Path(folder), overwrite, expert) as temporary:
         save_file(tensors, temporary / _TENSORS, {"format": "pt"})
@@ -202,7 +208,8 @@ def merge(expert: Expert, model: SpectralModel, folder: str | Path, *, overwrite
     if expert.invocation:
         raise ExportError(
             "This expert is activated: it acts from the reply on, merged weights act on all tokens. Write a LoRA, "
-            "which can say so, or train with activated=False. (dataclasses.replace(expert, invocation=()) merges.)"
+            "which can say so, or train with activated=False. (dataclasses.replace(expert, invocation=(), reach=0) "
+            "merges.)"
         )
     model.check_cast()
     state = model.hf.state_dict()

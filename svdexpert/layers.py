@@ -14,7 +14,8 @@
 A dense core multiplies by C (k k), (b k k) or (b t k k) where the diagonal one scales by c.
 
 Activated experts act from the last occurrence of their invocation tokens on, as aLoRA does (Greenewald et al. 2025,
-arXiv:2504.12397); before it, and so in the cache of the context, every token is the base's.
+arXiv:2504.12397); before it, and so in the cache of the context, every token is the base's. With a reach they decide on
+that many tokens of the reply, and what follows is the base's again.
 
 An adapted module keeps its weight, its name and its place; only its class becomes a subclass of its own class, with
 this forward. That leaves checkpoints, `isinstance`, accelerate's device hooks, deepcopy and torch.compile as they were,
@@ -49,13 +50,15 @@ class Active:
         rows: of the batch.
         tokens: of a row.
         start: the first token at which any row is active.
-        mask: True where a row is active (b t 1), of the tokens from `start` on; None where all are.
+        mask: True where a row is active (b t 1), of the tokens from `start` to `end`; None where all are.
+        end: the token behind the last one at which any row is active.
     """
 
     rows: int
     tokens: int
     start: int
     mask: Tensor | None
+    end: int
 
 
 Pending = Callable[[Tensor, dict[str, Any], Any], Any]
@@ -75,6 +78,7 @@ class Scope(threading.local):
         active: where activated experts act in the forward pass that runs; None is everywhere.
         pending: what decides on the mixture, once the next forward pass of the model has read the prompt.
         states: of that pass, the hidden states of the last token (b d), as they enter the last layer and the head.
+        reply: where the replies of the forward pass that runs begin, for experts with a reach.
     """
 
     coefficients: tuple[Tensor, ...] | None = None
@@ -83,6 +87,7 @@ class Scope(threading.local):
     active: Active | None = None
     pending: Pending | None = None
     states: tuple[Tensor, ...] = ()
+    reply: int = 0
 
     def __reduce__(self) -> tuple[type[Scope], tuple[()]]:
         return Scope, ()
@@ -102,8 +107,10 @@ class Scope(threading.local):
             self.states = ()
 
 
-NOT_YET = Active(0, 0, 0, None)
+NOT_YET = Active(0, 0, 0, None, 0)
 """In force until the model has seen which tokens it is fed."""
+APART = -1
+"""Said of a batch whose replies begin at different places."""
 
 
 def find_active(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,8 +126,20 @@ def find_active(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if ids is None:
         raise MixtureError("Activated experts act from certain tokens on: pass input_ids, not inputs_embeds.")
     cache = kwargs.get("past_key_values")
-    behind = cache is not None and cache.get_seq_length() > 0
-    scope.active = active_in(ids, invocation, behind=behind)
+    before = 0 if cache is None else int(cache.get_seq_length())
+    if not scope.mixture.reach:
+        scope.active = active_in(ids, invocation, behind=before > 0)
+        return
+    begun = getattr(cache, "_svd_reply", before)  # behind a cache that does not say so, a reply begins here
+    scope.active, scope.reply = active_within(ids, invocation, scope.mixture.reach, before, begun)
+
+
+def note_reply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Write into the cache where the replies begin, for experts with a reach: a hook that runs after the model's."""
+    scope = cast(Scope, cast(Any, module)._svd_scope)
+    cache = getattr(output, "past_key_values", None)
+    if getattr(scope.mixture, "reach", 0) and cache is not None:
+        cache._svd_reply = scope.reply
 
 
 def keep_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,6 +172,58 @@ def active_in(ids: Tensor, invocation: Sequence[int], *, behind: bool) -> Active
         MixtureError: a row without the invocation, and nothing before it.
     """
     rows, tokens = ids.shape
+    last, _ = _invoked(ids, invocation, behind)
+    start = int(last.min())
+    if start == int(last.max()):
+        return Active(rows, tokens, start, None, tokens) if start else None
+    mask = torch.arange(start, tokens, device=ids.device) >= last.unsqueeze(1)
+    return Active(rows, tokens, start, mask.unsqueeze(-1), tokens)
+
+
+def active_within(
+    ids: Tensor, invocation: Sequence[int], reach: int, before: int, begun: int
+) -> tuple[Active | None, int]:
+    """Return where experts that decide on so many tokens of a reply act in ids (b t), and where the replies begin.
+
+    The first token of a reply is decided on at the last invocation token, the next at the token before it, and so on.
+
+    Args:
+        ids: that are fed to the model.
+        invocation: at least one token; the last occurrence in a row counts.
+        reach: tokens of a reply, at least 1.
+        before: tokens in the cache.
+        begun: where the replies begin of rows without the invocation, counted from the first token in the cache.
+
+    Returns:
+        None is everywhere; the place is counted as `begun` is, and APART where rows differ in it.
+
+    Raises:
+        MixtureError: as in `active_in`; replies that go on and have begun at different places.
+    """
+    rows, tokens = ids.shape
+    last, found = _invoked(ids, invocation, before > 0)
+    if begun == APART and not bool(found.all()):
+        raise MixtureError(
+            "The replies of this batch have begun at different places, and its experts decide on the first "
+            f"{reach} tokens alone: go on with one reply at a time, or pass the conversations without past_key_values."
+        )
+    begins = torch.where(found, last + len(invocation), begun - before)  # (b), counted from the first of ids
+    ends = (begins + reach - 1).clamp(0, tokens)
+    start, end = int(last.min()), int(ends.max())
+    same = start == int(last.max()) and end == int(ends.min())
+    reply = before + int(begins.min()) if int(begins.min()) == int(begins.max()) else APART
+    if same and start == 0 and end == tokens:
+        return None, reply
+    if same or end <= start:
+        return Active(rows, tokens, start, None, max(start, end)), reply
+    places = torch.arange(start, end, device=ids.device)
+    mask = (places >= last.unsqueeze(1)) & (places < ends.unsqueeze(1))
+    return Active(rows, tokens, start, mask.unsqueeze(-1), end), reply
+
+
+def _invoked(ids: Tensor, invocation: Sequence[int], behind: bool) -> tuple[Tensor, Tensor]:
+    """Return where the last invocation of every row begins, 0 in rows without one, and which rows have one (b)."""
+    rows, tokens = ids.shape
     wanted = torch.tensor(invocation, device=ids.device)
     if tokens < len(wanted):
         hits = torch.zeros(rows, 1, dtype=torch.bool, device=ids.device)
@@ -167,12 +238,7 @@ def active_in(ids: Tensor, invocation: Sequence[int], *, behind: bool) -> Active
             f"{row} of the batch does not hold them. Pass chats (with add_generation_prompt), or train experts with "
             "activated=False, which act on all tokens."
         )
-    last = last.masked_fill(~found, 0)
-    start = int(last.min())
-    if start == int(last.max()):
-        return Active(rows, tokens, start, None) if start else None
-    mask = torch.arange(start, tokens, device=ids.device) >= last.unsqueeze(1)
-    return Active(rows, tokens, start, mask.unsqueeze(-1))
+    return last.masked_fill(~found, 0), found
 
 
 class _Adapted:
@@ -201,15 +267,17 @@ class _Adapted:
         """Return the base's output y, with the mixture's where it is active."""
         if active is NOT_YET:
             raise MixtureError("Activated experts need the whole model to be called, not a part of it.")
-        rows, start, flat = active.rows, active.start, x.dim() == 2
+        rows, start, end, flat = active.rows, active.start, active.end, x.dim() == 2
+        if start == end:
+            return y
         if flat:
             x, y = x.view(rows, active.tokens, -1), y.view(rows, active.tokens, -1)
         if c.dim() == (4 if self._svd_scope.dense else 3) and c.shape[1] == active.tokens:
-            c = c[:, start:]
-        acted = self._acting(x[:, start:], y[:, start:], c)
+            c = c[:, start:end]
+        acted = self._acting(x[:, start:end], y[:, start:end], c)
         if active.mask is not None:
-            acted = torch.where(active.mask, acted, y[:, start:])
-        y = torch.cat([y[:, :start], acted], 1)
+            acted = torch.where(active.mask, acted, y[:, start:end])
+        y = torch.cat([y[:, :start], acted, y[:, end:]], 1)
         return y.flatten(0, 1) if flat else y
 
     def _acting(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:

@@ -33,12 +33,14 @@ class Mixture:
         core: of the experts that were mixed.
         basis: that they are for; None, for offsets of one's own, leaves that to the caller.
         invocation: tokens from whose last occurrence on the experts act; () is everywhere.
+        reach: tokens of a reply that the experts decide on; 0 is all.
     """
 
     offsets: Tensor
     core: Core = "diag"
     basis: Basis | None = None
     invocation: tuple[int, ...] = ()
+    reach: int = 0
 
     @property
     def rows(self) -> int | None:
@@ -60,7 +62,7 @@ class Bank:
         offsets: fp32 (e n).
         core: of all of them.
         basis: that they are for.
-        invocation: of all of them.
+        invocation, reach: of all of them.
     """
 
     names: tuple[str, ...]
@@ -68,6 +70,7 @@ class Bank:
     core: Core
     basis: Basis
     invocation: tuple[int, ...] = ()
+    reach: int = 0
 
     @classmethod
     def of(cls, experts: Mapping[str, Expert], basis: Basis) -> Bank:
@@ -78,7 +81,7 @@ class Bank:
             basis: that they are for.
 
         Raises:
-            MismatchError: one of them is for another basis, or has another core or invocation than the first.
+            MismatchError: one of them is for another basis, or has another core, invocation or reach than the first.
             MixtureError: there are none.
         """
         if not experts:
@@ -87,7 +90,7 @@ class Bank:
         for name, expert in experts.items():
             expert.check_on(basis, like=first, who=name)
         flat = torch.stack([expert.flat(basis) for expert in experts.values()])
-        return cls(tuple(experts), flat, first.core, basis, first.invocation)
+        return cls(tuple(experts), flat, first.core, basis, first.invocation, first.reach)
 
     def mix(self, weights: Mapping[str, float] | Sequence[Blend] | Tensor) -> Mixture:
         """Return the mixture with these weights.
@@ -113,7 +116,7 @@ class Bank:
         else:
             table = torch.tensor([self._row(row) for row in weights], device=self.offsets.device)
         offsets = einsum(table, self.offsets, "... e, e n -> ... n")
-        return Mixture(offsets, self.core, self.basis, self.invocation)
+        return Mixture(offsets, self.core, self.basis, self.invocation, self.reach)
 
     def _row(self, blend: Blend) -> list[float]:
         if isinstance(blend, Expert):

@@ -50,6 +50,7 @@ from svdexpert.layers import (
     find_active,
     is_adapted,
     keep_state,
+    note_reply,
     restore,
 )
 from svdexpert.mixture import Bank, Blend, Mixture, weights_of
@@ -118,6 +119,7 @@ class SpectralModel:
             for one in self._hooked[1:]:
                 self._hooks.append(one.register_forward_pre_hook(keep_state, with_kwargs=True))
             self._hooks.append(hf.register_forward_pre_hook(find_active, with_kwargs=True))
+            self._hooks.append(hf.register_forward_hook(note_reply, with_kwargs=True))
             self._hooks.append(hf.register_forward_hook(decide_now, with_kwargs=True))
             self._capture_checkpoints()
         except BaseException:
@@ -335,7 +337,8 @@ class SpectralModel:
             return experts
         if isinstance(experts, Expert):
             experts.check_on(self.basis)
-            return Mixture(experts.flat(self.basis), experts.core, invocation=experts.invocation)
+            flat = experts.flat(self.basis)
+            return Mixture(flat, experts.core, invocation=experts.invocation, reach=experts.reach)
         if isinstance(experts, Tensor):
             if library is None:
                 raise MixtureError("Weights in a tensor need library=..., whose order they follow.")
@@ -362,12 +365,12 @@ class SpectralModel:
                 flat.append(torch.zeros(sum(self._sizes(first.core))))
             else:
                 mixed = self._bank(library, [row]).mix(weights_of(row))
-                for what in ("core", "invocation"):
+                for what in ("core", "invocation", "reach"):
                     if getattr(mixed, what) != getattr(first, what):
                         found = f"{getattr(mixed, what)} and {getattr(first, what)}"
-                        raise MixtureError(f"Rows of one batch share core and invocation; found {what} {found}.")
+                        raise MixtureError(f"Rows of one batch share core, invocation and reach; found {what} {found}.")
                 flat.append(mixed.offsets.cpu())
-        return Mixture(torch.stack(flat), first.core, invocation=first.invocation)
+        return Mixture(torch.stack(flat), first.core, invocation=first.invocation, reach=first.reach)
 
     def _bank(self, library: Mapping[str, Expert] | Bank | None, rows: Sequence[Blend] | None) -> Bank:
         """Return the bank of a library, or of those of its experts that the rows name; the last few are kept."""

@@ -30,6 +30,8 @@ class Recipe:
         activated: experts act from where the chat template opens the reply on (aLoRA, Greenewald et al. 2025): contexts
             stay the base's, so that their cache serves every mixture, and need no gradient. False: on all tokens, as in
             Transformer^2, and as a server does that knows LoRA alone.
+        reach: tokens of a reply that the experts decide on, what follows is the base's again; 0 is all. Experts that
+            only decide leave to the base what it can do by itself, and so can be added up (LOG.md); no server knows it.
         samples: completions that are drawn of a context, where the objective learns from samples.
         max_new_tokens: of every reply: samples, the base's own, those in validation.
         mixing: probability that another expert takes part in a row.
@@ -63,6 +65,7 @@ class Recipe:
     settings: Mapping[str, float | str | bool] = field(default_factory=dict)
     core: Core = "diag"
     activated: bool = True
+    reach: int = 0
     samples: int = 4
     max_new_tokens: int = 96
     mixing: float = 0.5
@@ -84,7 +87,7 @@ class Recipe:
             ("steps", "samples", "max_new_tokens", "validate_every", "save_every", "accumulate", "patience"), 1
         )
         least |= dict.fromkeys(("batch_size", "cases"), 2)
-        least |= dict.fromkeys(("seed", "warmup", "validation_cases", "score_cases"), 0)
+        least |= dict.fromkeys(("seed", "warmup", "validation_cases", "score_cases", "reach"), 0)
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
@@ -103,6 +106,8 @@ class Recipe:
         for name in ("mixing", "neutral"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1.")
+        if self.reach and not self.activated:
+            raise TrainingError(f"reach is {self.reach}: only activated experts know where a reply begins.")
         if self.warmup >= self.steps:
             raise TrainingError(f"warmup is {self.warmup}; expected fewer than the {self.steps} steps.")
         if self.patience is not None and not self.validation_cases:

@@ -276,7 +276,7 @@ class ExpertModule(lightning.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             table = torch.tensor(weights, device=self.device)
             offsets = table @ torch.cat([self.offsets, self.frozen])
-            return Mixture(offsets, self.recipe.core, invocation=self.invocation)
+            return Mixture(offsets, self.recipe.core, invocation=self.invocation, reach=self.recipe.reach)
 
     def own_loss(self, rows: Sequence[Row]) -> Tensor:
         """Return the objective's loss of every row (b)."""
@@ -412,7 +412,7 @@ class ExpertModule(lightning.LightningModule):
 
     def expert(self, place: int, **card: Any) -> Expert:
         """Return an expert as it stands."""
-        described = {"core": self.recipe.core, "invocation": self.invocation} | card
+        described = {"core": self.recipe.core, "invocation": self.invocation, "reach": self.recipe.reach} | card
         return Expert.from_flat(self.model.basis, self.offsets[place], **described)
 
 
@@ -520,6 +520,11 @@ class Run:
                 raise TrainingError(
                     f"{name} is {'' if expert.invocation else 'not '}activated, and experts that work together act on "
                     f"the same tokens: set activated to {bool(expert.invocation)}."
+                )
+            if expert.reach != self.recipe.reach:
+                raise TrainingError(
+                    f"{name} decides on {expert.reach or 'all'} tokens of a reply, and experts that work together on "
+                    f"the same: set reach to {expert.reach}."
                 )
             if expert.invocation != self.invocation:
                 raise TrainingError(

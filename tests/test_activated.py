@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svdexpert import (
     Expert,
+    ExpertError,
     ExportError,
     MismatchError,
     Mixture,
@@ -266,3 +267,100 @@ def test_the_invocation_is_what_opens_a_reply(model: SpectralModel) -> None:
     assert model.tokenizer.decode(invocation_of(model)) == "a: "
     expert = replace(activated(model), invocation=invocation_of(model))
     assert model.generate([{"role": "user", "content": "hi"}], expert, max_new_tokens=2)
+
+
+# --- experts that decide on the first tokens of a reply
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_with_a_reach_the_base_goes_on_behind_the_experts_tokens(name: str, attached: Attach, rows: Tensor) -> None:
+    """A pass is that of the expert up to the end of its reach, and of the base behind that cache."""
+    model = attached(name)
+    whole = activated(model)
+    with torch.no_grad():
+        acting = model.logits(rows, whole)
+        for reach in (1, 3):
+            found = model.logits(rows, replace(whole, reach=reach))
+            for row, start in enumerate(STARTS):
+                end = start + len(OPENS) + reach - 1
+                torch.testing.assert_close(found[row, :end], acting[row, :end], atol=1e-5, rtol=1e-4)
+                if end >= rows.shape[1]:
+                    continue
+                with model.using(whole):
+                    before = model.hf(rows[row : row + 1, :end], use_cache=True)
+                behind = model.hf(rows[row : row + 1, end:], past_key_values=before.past_key_values).logits
+                torch.testing.assert_close(found[row, end:], behind[0], atol=1e-5, rtol=1e-4)
+
+
+def test_generation_with_a_reach_goes_on_as_a_pass_over_all_of_it_would(model: SpectralModel, rows: Tensor) -> None:
+    expert = replace(activated(model), reach=2)
+    prompts = torch.cat([rows[:, :5].where(rows[:, :5] < 90, 7), torch.tensor([OPENS] * 4)], 1)
+    some = [expert, None, 0.5 * expert, expert]
+    made = model.generate(prompts, some, max_new_tokens=5)
+    assert not torch.equal(
+        made, model.generate(prompts, [one and replace(one, reach=0) for one in some], max_new_tokens=5)
+    )
+    with torch.no_grad():
+        for end in range(7, made.shape[1]):
+            assert torch.equal(model.logits(made[:, :end], some)[:, -1].argmax(-1), made[:, end])
+    padded = torch.cat([torch.zeros(4, 3, dtype=torch.long), prompts], 1)
+    again = model.generate(padded, some, attention_mask=(padded != 0).long(), max_new_tokens=5)
+    assert torch.equal(again[:, 3:], made)
+    beams = model.generate(prompts, some, max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    alone = model.generate(prompts[2:3], 0.5 * expert, max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    assert torch.equal(beams[4:6], alone)
+
+
+def test_with_a_reach_scores_samples_and_gradients_agree(model: SpectralModel, rows: Tensor) -> None:
+    expert = replace(activated(model), reach=2)
+    contexts = [[*row[:place].tolist(), *OPENS] for place, row in zip((2, 5, 3), rows, strict=False)]
+    tails = [[5, 6, 7, 8], [7, 2, 4, 4]]
+    batch = Batch.of(contexts, [tails] * 3, torch.device("cpu"))
+    offsets = expert.flat(model.basis).requires_grad_()
+    mixture = Mixture(offsets, invocation=OPENS, reach=2)
+    kept = Contexts(model, OPENS)
+
+    def gradient(*cache: object, **how: bool) -> tuple[Tensor, Tensor]:
+        found = log_probabilities(logits(model, mixture, batch, *cache, **how), batch)  # type: ignore[arg-type]
+        return found.detach(), torch.autograd.grad(found.sum(), offsets)[0]
+
+    whole = gradient(recompute=True)
+    for one in (gradient(kept.before(batch.contexts, batch.seen)), gradient()):
+        torch.testing.assert_close(one, whole, atol=1e-4, rtol=1e-4)
+    for store in (None, kept):
+        with model.using(expert):
+            prompts = [Prompt(one, tails, 4) for one in contexts]
+            found = answers(model, prompts, set(), "", batch_size=3, progress=False, contexts=store)
+        for place, one in enumerate(found):
+            torch.testing.assert_close(torch.tensor(one.scores), whole[0][place], atol=1e-4, rtol=1e-4)
+            ids = torch.tensor([contexts[place]])
+            assert one.reply == model.generate(ids, expert, max_new_tokens=4)[0, ids.shape[1] :].tolist()
+    numbers = torch.full((3, 1, 4), 1e-9)
+    sampled = sample(model, Mixture(offsets.detach(), invocation=OPENS, reach=2), contexts, numbers, set())
+    alone = sample(model, Mixture(offsets.detach(), invocation=OPENS, reach=2), contexts[1:2], numbers[1:2], set())
+    assert sampled[1] == alone[0]
+
+
+def test_a_reach_belongs_to_the_expert(model: SpectralModel, rows: Tensor, tmp_path: Path) -> None:
+    short, long = replace(activated(model), reach=3), activated(model)
+    assert short != long
+    assert Expert.load(short.save(tmp_path / "short")) == short
+    for mix in (
+        lambda: short + long,
+        lambda: model.bank({"a": short, "b": long}),
+        lambda: model.mixture([short, long]),
+    ):
+        with pytest.raises(MismatchError, match="3 tokens far"):
+            mix()
+    for wrong in ({"reach": -1}, {"reach": 2, "invocation": ()}):
+        with pytest.raises(ExpertError, match="expected tokens of a reply"):
+            replace(long, **wrong)
+    with pytest.raises(ExportError, match="no server knows where to stop"):
+        export_lora(short, model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    apart = model.hf(rows[:, :9], use_cache=True)
+    with model.using(short):
+        first = model.hf(rows[:, :11], use_cache=True)
+        with pytest.raises(MixtureError, match="have begun at different places"):
+            model.hf(torch.tensor([[4]] * 4), past_key_values=first.past_key_values)
+        model.hf(torch.tensor([[4]] * 4), past_key_values=apart.past_key_values)  # a reply is taken to begin here

@@ -65,10 +65,10 @@ class Halves:
         ]
 
 
-def library(model: SpectralModel, activated: bool = True) -> dict[str, Expert]:
+def library(model: SpectralModel, activated: bool = True, reach: int = 0) -> dict[str, Expert]:
     opens = OPENS if activated else ()
     return {
-        name: replace(Expert.random(model.basis, std=0.3, seed=seed), invocation=opens)
+        name: replace(Expert.random(model.basis, std=0.3, seed=seed), invocation=opens, reach=reach)
         for seed, name in enumerate(("ask", "doubt", "call"))
     }
 
@@ -99,10 +99,10 @@ def test_deciding_in_the_prefill_is_deciding_first(name: str, activated: bool, a
         assert found == model.generate(CHATS, weights, library=experts, max_new_tokens=8, **how)
 
 
-@pytest.mark.parametrize("activated", [True, False])
-def test_the_scores_of_one_pass_are_those_of_two(activated: bool, attached: Attach) -> None:
+@pytest.mark.parametrize(("activated", "reach"), [(True, 0), (True, 3), (False, 0)])
+def test_the_scores_of_one_pass_are_those_of_two(activated: bool, reach: int, attached: Attach) -> None:
     model = attached()
-    experts = library(model, activated)
+    experts = library(model, activated, reach)
     dispatcher = Halves(tuple(experts))
     kept: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 6}
     routed = model.generate(CHATS, dispatcher=dispatcher, library=experts, **kept)
@@ -122,10 +122,10 @@ def test_rows_do_not_influence_each_other(model: SpectralModel) -> None:
         assert its[0].weights == decisions[row].weights
 
 
-@pytest.mark.parametrize("activated", [True, False])
-def test_abstaining_is_the_base_bit_for_bit(activated: bool, attached: Attach) -> None:
+@pytest.mark.parametrize(("activated", "reach"), [(True, 0), (True, 3), (False, 0)])
+def test_abstaining_is_the_base_bit_for_bit(activated: bool, reach: int, attached: Attach) -> None:
     model = attached()
-    experts = library(model, activated)
+    experts = library(model, activated, reach)
 
     class First(Halves):
         """Lets an expert speak in the first row alone, or in none."""

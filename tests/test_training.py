@@ -229,6 +229,8 @@ def test_experts_that_act_on_other_tokens_are_not_trained_together() -> None:
     model = speaker()
     with pytest.raises(TrainingError, match=r"old is not activated.*set activated to False"):
         module_of(model, ("fake.ask",), "sft", {"old": Expert.random(model.basis)})
+    with pytest.raises(TrainingError, match=r"old decides on all tokens of a reply.*set reach to 0"):
+        module_of(model, ("fake.ask",), "sft", {"old": random_expert(model, 0.1)}, reach=3)
     with pytest.raises(TrainingError, match=r"old acts from the tokens \[5, 6\] on; this chat template opens"):
         module_of(model, ("fake.ask",), "sft", {"old": replace(Expert.random(model.basis), invocation=(5, 6))})
 
@@ -242,6 +244,20 @@ def test_a_new_expert_leaves_the_frozen_ones_their_contexts(monkeypatch: pytest.
     module = module_of(model, ("fake.ask",), "sft", {"old": old, "other": stranger}, neutral=0.5, cases=16)
     assert Counter(one.owner for one in module.plan.neutrals)["old"] == 2  # positives: in others somebody may be due
     assert {one.owner for one in module.plan.neutrals} <= {"ask", "", "old"}
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("objective", ["sft", "dpo", "rloo"])
+def test_with_a_reach_nothing_is_learnt_of_what_follows_but_through_it(objective: str) -> None:
+    """One token far, the logits of the second token on depend on the expert through its first tokens' cache alone."""
+    module = module_of(speaker(), ("fake.ask",), objective, reach=1)
+    module.offsets.data.normal_(std=0.1)
+    module.loss(module.plan.rows(0)).backward()
+    assert module.offsets.grad is not None
+    assert (module.offsets.grad != 0).any()
+    expert = module.expert(0)
+    assert expert.reach == 1
+    assert module.model.mixture(expert).reach == 1
 
 
 # --- whole runs
@@ -375,6 +391,8 @@ def test_nan_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ({"warmup": 100}, "fewer than the 100 steps"),
         ({"patience": 0}, "patience is 0"),
         ({"patience": 2, "validation_cases": 0}, "set validation_cases"),
+        ({"reach": -1}, "reach is -1"),
+        ({"reach": 4, "activated": False}, "only activated experts"),
     ],
 )
 def test_settings_out_of_range_are_named(changes: dict[str, Any], said: str) -> None:

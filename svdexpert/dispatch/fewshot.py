@@ -157,7 +157,7 @@ def search(
     shapes = offset_shapes(model.basis.key, bank.core)
     parts = zip(shapes.items(), offsets(best).split(sizes.tolist()), strict=True)
     sides = {name: part.reshape(sides) for (name, sides), part in parts}
-    made = Expert.from_offsets(model.basis, sides, core=bank.core, invocation=bank.invocation)
+    made = Expert.from_offsets(model.basis, sides, core=bank.core, invocation=bank.invocation, reach=bank.reach)
     return Found(best.cpu(), losses, made)
 
 
@@ -176,7 +176,7 @@ def loss_of(model: SpectralModel, bank: Bank, shots: Sequence[Example]) -> Calla
     before = prefill(model, batch.contexts, batch.seen, bank.invocation)
 
     def loss(offsets: Tensor) -> Tensor:
-        mixture = Mixture(offsets, bank.core, bank.basis, bank.invocation)
+        mixture = Mixture(offsets, bank.core, bank.basis, bank.invocation, bank.reach)
         found = log_probabilities(logits(model, mixture, batch, before), batch)
         return -(found.sum(-1) / batch.mask.sum(-1)).mean()
 

@@ -305,6 +305,8 @@ FIELDS: dict[str, tuple[Edit, str]] = {
     "core without its operation": (field("core", "dense"), "operation"),
     "unknown operation": (field("operation", "W + 2 U_k diag(s * d) V_k^T"), "operation"),
     "first layer negative": (field("first_layer", -1), "first_layer"),
+    "reach negative": (field("reach", -1), "reach"),
+    "reach a float": (field("reach", 1.0), "reach"),
     "first layer true": (field("first_layer", True), "first_layer"),
     "first layer a float": (field("first_layer", 1.0), "first_layer"),
     "fingerprint short": (matrix("fingerprint", "0" * 63), "matrices"),
