@@ -130,7 +130,11 @@ def find_active(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not scope.mixture.reach:
         scope.active = active_in(ids, invocation, behind=before > 0)
         return
-    begun = getattr(cache, "_svd_reply", before)  # behind a cache that does not say so, a reply begins here
+    begun = getattr(cache, "_svd_reply", None)
+    if begun is None or begun > before:  # nothing has begun, or what had begun was taken back
+        begun = before
+    elif ids.shape[1] == 1:
+        invocation = ()  # a reply that says these tokens itself does not begin anew
     scope.active, scope.reply = active_within(ids, invocation, scope.mixture.reach, before, begun)
 
 
@@ -189,7 +193,7 @@ def active_within(
 
     Args:
         ids: that are fed to the model.
-        invocation: at least one token; the last occurrence in a row counts.
+        invocation: the last occurrence in a row counts; () where all replies go on.
         reach: tokens of a reply, at least 1.
         before: tokens in the cache.
         begun: where the replies begin of rows without the invocation, counted from the first token in the cache.
@@ -225,7 +229,7 @@ def _invoked(ids: Tensor, invocation: Sequence[int], behind: bool) -> tuple[Tens
     """Return where the last invocation of every row begins, 0 in rows without one, and which rows have one (b)."""
     rows, tokens = ids.shape
     wanted = torch.tensor(invocation, device=ids.device)
-    if tokens < len(wanted):
+    if not 0 < len(wanted) <= tokens:
         hits = torch.zeros(rows, 1, dtype=torch.bool, device=ids.device)
     else:
         hits = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)  # (b t)

@@ -341,6 +341,22 @@ def test_with_a_reach_scores_samples_and_gradients_agree(model: SpectralModel, r
     assert sampled[1] == alone[0]
 
 
+def test_a_reply_that_says_the_invocation_does_not_begin_anew(model: SpectralModel) -> None:
+    expert = replace(activated(model), invocation=(90,), reach=2)
+    ids = torch.tensor([[5, 6, 90], [7, 8, 90]])
+    with torch.no_grad(), model.using(expert):
+        kept = model.hf(ids, use_cache=True).past_key_values
+        for tokens in ([[4], [90]], [[90], [3]], [[5], [6]]):
+            found = model.hf(torch.tensor(tokens), past_key_values=kept).logits
+    with torch.no_grad(), model.using(replace(expert, reach=0)):
+        kept = model.hf(ids, use_cache=True).past_key_values
+        model.hf(torch.tensor([[4], [90]]), past_key_values=kept)
+    with torch.no_grad():
+        for tokens in ([[90], [3]], [[5], [6]]):
+            wanted = model.hf(torch.tensor(tokens), past_key_values=kept).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_a_reach_belongs_to_the_expert(model: SpectralModel, rows: Tensor, tmp_path: Path) -> None:
     short, long = replace(activated(model), reach=3), activated(model)
     assert short != long
