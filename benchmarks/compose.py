@@ -6,10 +6,10 @@ Every finished run is one row of benchmarks/results/compose.json; rows that are 
 largest fall of doing, controls or knowing of any skill, on held-out cases, mean over seeds.
 
     sum_loss_max        from an expert alone to the plain sum of the three, trained in one batch
-    apart_sum_loss_max  the same, trained apart
+    apart_sum_loss_max  the same, trained apart, with the same reach
     lora_sum_loss_max   the same of LoRA adapters of rank 4, trained in one batch with the same mixture dropout and
-                        neutral rows, activated as ours are, at the best of RATES in validation with seed 0
-    without_            the first, trained without mixture dropout, neutral rows or the penalty, one seed
+                        neutral rows, from the reply on as ours but to its end, at the best of RATES in validation
+    without_            the first, trained without mixture dropout, neutral rows, the penalty or a reach, one seed
     sum8_loss_max       of eight experts (benchmarks/parts), one seed
     off_skill_max       that one expert of the library causes in another skill
     added_old_max       of the three, by adding a fourth that was trained against them
@@ -74,6 +74,7 @@ LOSSES = {
     "without mixing": "without_mixing_sum_loss_max",
     "without neutral": "without_neutral_sum_loss_max",
     "without penalty": "without_penalty_sum_loss_max",
+    "without reach": "without_reach_sum_loss_max",
 }
 """What a run of a kind is reported as."""
 BARS: dict[str, tuple[str, float]] = {
@@ -233,8 +234,8 @@ def main(seeds: int = 3, n: int = 500, workers: int = 2) -> None:
         for rate in RATES
     ]
     jobs = [job("joined", joined, seed, three=threes[seed]) for seed in every]
-    ablated = ("mixing", "neutral", "penalty")
-    jobs += [job(f"without {one}", library, 0, base=base, pairs=False, **{one: 0.0}) for one in ablated]
+    ablated = {"mixing": 0.0, "neutral": 0.0, "penalty": 0.0, "reach": 0}
+    jobs += [job(f"without {one}", library, 0, base=base, pairs=False, **{one: no}) for one, no in ablated.items()]
     grid.all([*jobs, job("eight", eight, 0), *rates], workers)
     tried = [row for row in grid.find(kind="lora", seed=0) if "validation" in row]
     rate = max(tried, key=lambda row: row["validation"])["run"]["rate"]

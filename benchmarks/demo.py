@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
@@ -104,7 +105,7 @@ def exported(n: int = 100) -> dict[str, Any]:
     """Return how many conversations PEFT answers with an exported mixture as we do."""
     on = bench(2)
     library = library_of(on, FAMILIES, OBJECTIVE, recipe(seed=0))
-    mixture = library["clarify"] + library["disagree"]
+    mixture = replace(library["clarify"] + library["disagree"], reach=0)  # as a LoRA acts: to the end of the reply
     tokenizer, (_, ends) = tokenizer_of(on.model), turn_ends(on.model)
     cases = [one for name in ("clarify", "disagree") for one in draw(on.world, "heldout", n)[name][: n // 2]]
     how: dict[str, Any] = {"max_new_tokens": 96, "do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": 0}

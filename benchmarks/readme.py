@@ -50,6 +50,7 @@ COMPOSED = {
     "without mixing": ("the same without mixture dropout", "without_mixing_sum_loss_max"),
     "without neutral": ("the same without neutral rows", "without_neutral_sum_loss_max"),
     "without penalty": ("the same without the penalty", "without_penalty_sum_loss_max"),
+    "without reach": ("the same, acting to the end of a reply", "without_reach_sum_loss_max"),
     "lora": ("three LoRA r4, trained to compose", "lora_sum_loss_max"),
     "eight": ("eight experts, trained to compose", "sum8_loss_max"),
 }

@@ -23,7 +23,7 @@ from svdexpert.forward import Contexts
 from svdexpert.showcase import dialogue, sample, show, side_by_side, summary
 from svdexpert.storage import whole_file
 
-RECIPE = Recipe(mixing=0.8, learning_rate=0.03, penalty=5e-5, accumulate=3, validation_cases=0, score_cases=0)
+RECIPE = Recipe(mixing=0.3, reach=6, learning_rate=0.03, penalty=5e-5, accumulate=3, validation_cases=0, score_cases=0)
 ALL = dict.fromkeys(FAMILIES, 1.0)
 
 
@@ -79,8 +79,9 @@ def run(folder: Path, n: int = 64, data: str | None = None, recipe: Recipe = REC
         results[who] = once(folder / "measured" / f"{who.replace(' ', '-')}-{n}-{version}.json", measured)
     say(summary(results))
 
-    # 5. A mixture leaves as one LoRA, which PEFT and vLLM load.
-    done = export_lora(library["clarify"] + library["disagree"], model, folder / "lora", overwrite=True)
+    # 5. A mixture leaves as one LoRA, which PEFT and vLLM load. It acts to the end of a reply, ours on its beginning.
+    mixture = library["clarify"] + library["disagree"]
+    done = export_lora(mixture, model, folder / "lora", overwrite=True, allow_lossy=True)
     say(f"[bold]5.[/] clarify + disagree as a LoRA of rank {done.rank}:", check_lora(done.folder, model.hf))
 
     # 6. Base and dispatched side by side; and a dialogue that needs another register in every turn.

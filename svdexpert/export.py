@@ -125,11 +125,10 @@ def export_lora(
             f"Rank {rank} keeps {share:.4f} of the expert's change, less than 0.99. Use a higher rank, or "
             "allow_lossy=True if that is enough. Nothing was written."
         )
-    if expert.reach:
+    if expert.reach and not allow_lossy:
         raise ExportError(
-            f"This expert decides on the first {expert.reach} tokens of a reply alone, and no server knows where to "
-            "stop. dataclasses.replace(expert, reach=0) leaves as a LoRA that acts to the end of the reply. Nothing "
-            "was written."
+            f"This expert decides on the first {expert.reach} tokens of a reply, and a LoRA acts to its end: use "
+            "allow_lossy=True if that is near enough. Nothing was written."
         )
     config = _lora_config(model, rank, expert.invocation)
     with _new_folder(Path(folder), overwrite, expert) as temporary:
