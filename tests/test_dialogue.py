@@ -29,10 +29,10 @@ def talking(request: pytest.FixtureRequest) -> SpectralModel:
     return SpectralModel.attach(tiny(request.param, **room), byte_tokenizer(), k=8, progress=False)
 
 
-def library(model: SpectralModel, activated: bool) -> dict[str, Expert]:
+def library(model: SpectralModel, activated: bool, reach: int = 0) -> dict[str, Expert]:
     opens = OPENS if activated else ()
     return {
-        name: replace(Expert.random(model.basis, std=0.3, seed=seed), invocation=opens)
+        name: replace(Expert.random(model.basis, std=0.3, seed=seed), invocation=opens, reach=reach)
         for seed, name in enumerate(("ask", "doubt", "call"))
     }
 
@@ -45,9 +45,9 @@ def fresh(model: SpectralModel, talk: Conversation, weights: Mapping[str, float]
     return found[0].strip()
 
 
-@pytest.mark.parametrize("activated", [True, False])
-def test_refill_after_a_switch_is_a_fresh_conversation(talking: SpectralModel, activated: bool) -> None:
-    talk = Conversation(talking, library(talking, activated), max_new_tokens=10)
+@pytest.mark.parametrize(("activated", "reach"), [(True, 0), (True, 3), (False, 0)])
+def test_refill_after_a_switch_is_a_fresh_conversation(talking: SpectralModel, activated: bool, reach: int) -> None:
+    talk = Conversation(talking, library(talking, activated, reach), max_new_tokens=10)
     for turn, (text, weights) in enumerate(zip(SAID, MIXTURES, strict=True)):
         talk.mix(weights)
         found = talk.say(text)
@@ -77,9 +77,9 @@ def test_reuse_reads_less_and_says_what_the_first_turn_says(talking: SpectralMod
     assert talks["refill"].turns[0].text == talks["reuse"].turns[0].text
 
 
-@pytest.mark.parametrize("activated", [True, False])
-def test_a_dispatcher_decides_in_every_turn(talking: SpectralModel, activated: bool) -> None:
-    experts = library(talking, activated)
+@pytest.mark.parametrize(("activated", "reach"), [(True, 0), (True, 3), (False, 0)])
+def test_a_dispatcher_decides_in_every_turn(talking: SpectralModel, activated: bool, reach: int) -> None:
+    experts = library(talking, activated, reach)
     talk = Conversation(talking, experts, Halves(tuple(experts)), max_new_tokens=10, hysteresis=0)
     for turn, text in enumerate(SAID):
         found = talk.say(text)
