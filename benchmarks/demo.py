@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.compose import OBJECTIVE, recipe
 from benchmarks.grid import Bench, Grid, Job, Shares, added, base_row, bench, draw, library_of, losses, mean, shares
 from benchmarks.register import of_seed
-from benchmarks.register_peers import Steered, adapted, prompted, spoken, steering
+from benchmarks.register_peers import Steered, adapted, asked, best_prompt, spoken, steering
 from svdexpert import export_lora
 from svdexpert.cli import run_command
 from svdexpert.conversation import render, tokenizer_of, turn_ends
@@ -87,11 +87,9 @@ def peer_on(on: Bench, name: str, seed: int) -> dict[str, Any]:
         speaker = Steered(on.model, list(vectors.values()))
     elif name != "system prompt":
         speaker = adapted(on, name, seed)
+    prompt = best_prompt(on, seed)[0] if speaker is None else ""
     for skill, cases in on.cases.items():
-        if speaker is None:
-            said, _ = prompted(on, cases, seed)
-        else:
-            said = spoken(on, cases, speaker)
+        said = asked(on, prompt, cases) if speaker is None else spoken(on, cases, speaker)
         verify = load(skill).verify
         right = [(case.positive, verify(case, reply).right) for case, reply in zip(cases, said, strict=True)]
         found[skill] = {

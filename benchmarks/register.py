@@ -8,7 +8,9 @@ finished run is one row of benchmarks/results/register.json; rows that are there
 
     accuracy_, composite_, worst_loss_, calibration_error_     by strategy, means over seeds: right decisions; success
                         on composites; the largest fall of success in a kind from the base; of their confidence
-    composite_margin    success on composites, routed, less that of the best peer but the multi-task LoRA
+    composite_in_turn_  success on composites where the experts that the router chooses speak one after another; of a
+                        peer: where it is told to speak once more (svdexpert.dialogue.NOD), on composites alone
+    composite_margin    that of the router less that of the best peer but the multi-task LoRA, in turn or at once
     composite_over_multitask            the same over the multi-task LoRA's
     regret_             success of the oracle (the first set of RIGHT) less that of the strategy, mean over kinds
     router_ms           milliseconds a prompt that a router adds to one token from the same mixture given by hand
@@ -43,7 +45,7 @@ from torch import Tensor
 from benchmarks.compose import OBJECTIVE, recipe
 from benchmarks.grid import RESULTS, RUNS, Bench, Grid, Job, bench, library_of, mean
 from benchmarks.register_peers import PEERS, peer_success
-from benchmarks.suite import KINDS, RIGHT, Item, replies, success, suite
+from benchmarks.suite import IN_TURN, KINDS, RIGHT, Item, replies, success, suite
 from svdexpert import Expert, SpectralModel
 from svdexpert.cli import run_command
 from svdexpert.conversation import continuation, render, tokenizer_of
@@ -253,7 +255,12 @@ def measured(seed: int, n: int, name: str, base: Sequence[str]) -> dict[str, Any
     confusion = Counter((one.kind, " + ".join(sorted(made.chosen)) or "nobody") for one, made in pairs)
     plain = [place for place, one in enumerate(items) if one.kind == "plain question"]
     wanted = [made.chosen if ok else RIGHT[one.kind][0] for one, made, ok in zip(items, decisions, right, strict=True)]
-    return {
+    more: dict[str, Any] = {}
+    if name == "router":
+        several = [len([weight for weight in one.weights.values() if weight]) > 1 for one in decisions]
+        parted = [in_turn(of, one) if due else reply for one, due, reply in zip(items, several, said, strict=True)]
+        more["in_turn"] = success(items, parted)
+    return more | {
         "accuracy": fmean(right),
         "accuracy_of": {
             kind: fmean(ok for one, ok in zip(items, right, strict=True) if one.kind == kind) for kind in KINDS
@@ -266,6 +273,12 @@ def measured(seed: int, n: int, name: str, base: Sequence[str]) -> dict[str, Any
         "abstain_exact": fmean(said[place] == base[place] for place in plain),
         "decision_ms": 1000 * seconds / len(items),
     }
+
+
+def in_turn(of: Seed, item: Item) -> str:
+    """Return the reply of a conversation whose router lets several speak one after another."""
+    talk = Conversation(of.model, of.library, of.router, item.case.tools, in_turn=IN_TURN)
+    return talk.reply_to(*item.case.messages).text
 
 
 # --- what it costs
@@ -466,10 +479,17 @@ def figures(grid: Grid) -> dict[str, float]:
             some = [row["success"] for row in rows if kind in row["success"]]
             found[f"success_{kind.replace(' ', '_')}_{peer}".replace(" ", "_")] = mean(some, kind)
         found[f"composite_{peer}".replace(" ", "_")] = mean([row["success"] for row in rows], "composite")
-    routed = found.get("composite_router", math.nan)
-    rest = [found[f"composite_{peer}".replace(" ", "_")] for peer in peers - {"multi-task LoRA"}]
-    found["composite_margin"] = routed - max(rest, default=math.nan)
-    found["composite_over_multitask"] = routed / found.get("composite_multi-task_LoRA", math.nan)
+        found[f"composite_in_turn_{peer}".replace(" ", "_")] = mean(rows, "in_turn")
+    parted = [row["in_turn"] for row in grid.find(strategy="router")]
+    found["composite_in_turn_router"] = mean(parted, "composite")
+
+    def best(names: set[str]) -> float:
+        ways = [f"{way}_{name}".replace(" ", "_") for name in names for way in ("composite", "composite_in_turn")]
+        return max((found[one] for one in ways), default=math.nan)
+
+    found["composite_margin"] = found["composite_in_turn_router"] - best(peers - {"multi-task LoRA"})
+    told = best(peers & {"multi-task LoRA"})
+    found["composite_over_multitask"] = found["composite_in_turn_router"] / told if told else math.inf
     for name in ("accuracy", "regret"):
         found[f"router_{name}"] = found.get(f"{name}_router", math.nan)
     found["abstain_exact"] = mean(grid.find(strategy="router"), "abstain_exact")

@@ -15,7 +15,7 @@ composite is seen in training by any of them, nor by ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from statistics import fmean
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import x_lora
 from benchmarks.grid import RUNS, Bench, bench, draw, weights
 from benchmarks.peers import OBJECTIVE, Adapter, Peer, trained_on
-from benchmarks.suite import KINDS, RIGHT, success, suite
+from benchmarks.suite import KINDS, RIGHT, behind, success, suite
 from svdexpert import SpectralModel
 from svdexpert.conversation import as_message, completion, prompt_of, tokenizer_of, turn_ends
 from svdexpert.evaluate import FAMILIES, act
@@ -55,22 +55,35 @@ def peer_success(name: str, seed: int, n: int) -> dict[str, Any]:
     """Return the success of a peer by kind of the suite, and what was chosen in validation."""
     on = bench(2)
     items = suite(on.world, "heldout", n)
-    cases = [one.case for one in items]
-    chosen: dict[str, Any] = {}
+    speak, chosen = speaks(on, name, seed)
+    said = [reply for kind in KINDS for reply in speak([one.case for one in items if one.kind == kind], kind)]
+    both = [one.case for one in items if one.kind == "composite"]
+    first = said[-len(both) :]  # they stand last
+    second = speak([behind(case, reply) for case, reply in zip(both, first, strict=True)], "composite")
+    parted = [f"{one} {other}" for one, other in zip(first, second, strict=True)]
+    right = fmean(judged("composite", [case], [reply]) for case, reply in zip(both, parted, strict=True))
+    return {"success": success(items, said), "in_turn": right, "chosen": chosen}
+
+
+def speaks(on: Bench, name: str, seed: int) -> tuple[Callable[[Sequence[Case], str], list[str]], dict[str, Any]]:
+    """Return what replies to cases of a kind, and what was chosen in validation."""
     if name == "system prompt":
-        said, chosen = prompted(on, cases, seed)
-    elif name.startswith("steering"):
+        prompt, chosen = best_prompt(on, seed)
+        return lambda cases, _: asked(on, prompt, cases), chosen
+    if name.startswith("steering"):
         vectors, chosen = steering(on, seed)
-        said = []
-        for kind in KINDS:
-            some = [one.case for one in items if one.kind == kind]
-            skills = RIGHT[kind][0] if name.endswith("by hand") else FAMILIES
-            said += spoken(on, some, Steered(on.model, [vectors[one] for one in skills]))
-    elif name == "X-LoRA":
-        said = x_lora.spoken(on, cases, x_lora.x_lora(on, seed, RATE))
-    else:
-        said = spoken(on, cases, adapted(on, name, seed))
-    return {"success": success(items, said), "chosen": chosen}
+        by_hand = name.endswith("by hand")
+
+        def steered(cases: Sequence[Case], kind: str) -> list[str]:
+            skills = RIGHT[kind][0] if by_hand else FAMILIES
+            return spoken(on, cases, Steered(on.model, [vectors[one] for one in skills]))
+
+        return steered, chosen
+    if name == "X-LoRA":
+        mixed = x_lora.x_lora(on, seed, RATE)
+        return lambda cases, _: x_lora.spoken(on, cases, mixed), {}
+    speaker = adapted(on, name, seed)
+    return lambda cases, _: spoken(on, cases, speaker), {}
 
 
 def spoken(on: Bench, cases: Sequence[Case], speaker: Any) -> list[str]:
@@ -111,18 +124,19 @@ def adapted(on: Bench, name: str, seed: int) -> Peer:
     return Peer(merged.eval(), on.model.tokenizer, on.model.basis)
 
 
-def prompted(on: Bench, cases: Sequence[Case], seed: int) -> tuple[list[str], dict[str, Any]]:
+def asked(on: Bench, prompt: str, cases: Sequence[Case]) -> list[str]:
     """Return what the base says when it is asked for the behaviour."""
+    told = [replace(one, messages=with_system(prompt, one.messages)) for one in cases]
+    with on.model.using(None):
+        return act(on.model, told, progress=False)
 
-    def ask(prompt: str, some: Sequence[Case]) -> list[str]:
-        told = [replace(one, messages=with_system(prompt, one.messages)) for one in some]
-        with on.model.using(None):
-            return act(on.model, told, progress=False)
 
+def best_prompt(on: Bench, seed: int) -> tuple[str, dict[str, Any]]:
+    """Return the one of PROMPTS that does best in validation, and how well it does there."""
     held = draw(on.world, "validation", 60, seed)
-    scores = [fmean(judged(name, some, ask(prompt, some)) for name, some in held.items()) for prompt in PROMPTS]
+    scores = [fmean(judged(name, some, asked(on, one, some)) for name, some in held.items()) for one in PROMPTS]
     best = max(range(len(PROMPTS)), key=lambda place: scores[place])
-    return ask(PROMPTS[best], cases), {"prompt": PROMPTS[best], "validation": scores[best]}
+    return PROMPTS[best], {"prompt": PROMPTS[best], "validation": scores[best]}
 
 
 def with_system(prompt: str, messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -12,10 +12,12 @@ from statistics import fmean
 
 from benchmarks.grid import Bench
 from svdexpert import Expert
+from svdexpert.conversation import as_message
 from svdexpert.decision import Context
+from svdexpert.dialogue import NOD
 from svdexpert.evaluate import FAMILIES, act, normalised
 from svdexpert.skills import Case, load
-from svdexpert.worlds import Split, World
+from svdexpert.worlds import Split, World, user
 
 NOBODY: frozenset[str] = frozenset()
 RIGHT: dict[str, tuple[frozenset[str], ...]] = {
@@ -28,6 +30,8 @@ RIGHT: dict[str, tuple[frozenset[str], ...]] = {
     "composite": (frozenset({"clarify", "disagree"}),),
 }
 KINDS = tuple(RIGHT)
+IN_TURN = ("disagree", "clarify")
+"""Who speaks first where both are due: a correction, then the question."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,11 @@ def replies(
             said = act(model, [items[place].case for place in places], progress=False, contexts=on.contexts)
         found.update(zip(places, said, strict=True))
     return [found[place] for place in range(len(items))]
+
+
+def behind(case: Case, said: str) -> Case:
+    """Return a case in which a reply was given already, and nodded at: what the second of two speakers replies to."""
+    return replace(case, messages=(*case.messages, as_message(said), user(NOD)))
 
 
 def success(items: Sequence[Item], said: Sequence[str]) -> dict[str, float]:

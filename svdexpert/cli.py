@@ -542,6 +542,7 @@ def talk(
     hysteresis: float = 0.1,
     history: str | None = None,
     max_new_tokens: PositiveInt = 128,
+    in_turn: list[str] | None = None,
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -558,6 +559,7 @@ def talk(
         hysteresis: margin around one half in which scores do not change who speaks.
         history: JSON file that the conversation is written to after every turn.
         max_new_tokens: of a reply.
+        in_turn: experts in the order in which they speak one after another, where the dispatcher chooses several.
         dtype: of the loaded weights.
         device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
         trust_remote_code: run modelling code from the repository.
@@ -580,7 +582,7 @@ def talk(
     if made is not None:
         made.check(loaded, library)
     conversation = Conversation(
-        loaded, library, made, known, instructions, policy, hysteresis, max_new_tokens=max_new_tokens
+        loaded, library, made, known, instructions, policy, hysteresis, max_new_tokens, in_turn or ()
     )
     chat.run(conversation, None if history is None else Path(history))
 

@@ -44,12 +44,14 @@ class Decision:
         confidence: in [0, 1]: how sure the dispatcher is of this set of experts; 1 where it was told.
         because: what it was based on, in words.
         scores: by expert, in [0, 1]: how well each fits, where the strategy knows.
+        alone: by expert: its weight where it speaks alone, where the strategy knows one other than its weight here.
     """
 
     weights: Mapping[str, float]
     confidence: float
     because: str
     scores: Mapping[str, float] = field(default_factory=dict)
+    alone: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def abstained(self) -> bool:
@@ -63,7 +65,8 @@ class Decision:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
-        return asdict(self) | {"weights": dict(self.weights), "scores": dict(self.scores), "abstained": self.abstained}
+        by_expert = {"weights": dict(self.weights), "scores": dict(self.scores), "alone": dict(self.alone)}
+        return asdict(self) | by_expert | {"abstained": self.abstained}
 
 
 @dataclass(frozen=True, eq=False)

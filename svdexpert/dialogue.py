@@ -6,6 +6,12 @@
 
 Activated experts touch nothing but their own reply, so that `refill` reads one reply again. Experts that act on all
 tokens leave their mark on all of them: where the mixture changes, `refill` reads everything again.
+
+Where a dispatcher chooses several experts they speak at once, as their sum, or one after another (`in_turn`): a base
+that was never shown a reply of two sentences makes none, whoever moves it, and switched in the middle it does.
+
+    prompt, first expert -> "No, it is at nine."
+    prompt, "No, it is at nine.", NOD, second expert -> "Which day?"        the reply: "No, it is at nine. Which day?"
 """
 
 from __future__ import annotations
@@ -23,32 +29,31 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from svdexpert.conversation import as_message, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
-from svdexpert.decision import Asked, Context, Decision, Dispatcher
+from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
 from svdexpert.dispatch import decide
 from svdexpert.dispatch.fixed import Fixed
 from svdexpert.errors import DispatchError, did_you_mean
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
+from svdexpert.reply import read as read_reply
 from svdexpert.storage import whole_file
 from svdexpert.worlds import Message, Tool, system, user
 
 Policy = Literal["refill", "reuse"]
+NOD = "All right."
+"""What a user would say to the first part of a reply; it stands between two experts, and in no conversation."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sticky:
-    """A dispatcher with hysteresis: who speaks goes on, and who does not stays silent, until it is clearly otherwise.
+class Around:
+    """A dispatcher that changes what another one decides.
 
     Attributes:
-        inner: the dispatcher.
-        before: its last decision; None at the beginning.
-        margin: by how much a score must pass one half to change who speaks, in [0, 0.5).
+        inner: the other one.
     """
 
     inner: Dispatcher
-    before: Decision | None
-    margin: float
 
     @property
     def reads(self) -> bool:
@@ -63,6 +68,19 @@ class Sticky:
     def check(self, model: SpectralModel, library: Mapping[str, Expert] | Bank) -> None:
         """Raise a DispatchError unless the inner one can decide here."""
         self.inner.check(model, library)
+
+
+@dataclass(frozen=True, eq=False)
+class Sticky(Around):
+    """A dispatcher with hysteresis: who speaks goes on, and who does not stays silent, until it is clearly otherwise.
+
+    Attributes:
+        before: its last decision; None at the beginning.
+        margin: by how much a score must pass one half to change who speaks, in [0, 0.5).
+    """
+
+    before: Decision | None
+    margin: float
 
     def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
         """Return the inner decisions, with those scores that are near one half left as they were."""
@@ -81,6 +99,37 @@ class Sticky:
         return replace(one, weights=weights, because=f"{one.because}; as in the turn before: {', '.join(sorted(near))}")
 
 
+@dataclass(frozen=True, eq=False)
+class First(Around):
+    """A dispatcher whose reply begins with one expert, where the inner one chooses several.
+
+    Attributes:
+        order: of experts, who speak one after another; the others speak with the first of them.
+        due: of the last decision, the mixtures that speak next.
+        whole: the last decision as the inner one took it.
+    """
+
+    order: Sequence[str]
+    due: list[dict[str, float]] = field(default_factory=list)
+    whole: list[Decision] = field(default_factory=list)
+
+    def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
+        """Return the inner decision of the one row, without those who speak next."""
+        (whole,) = self.inner.decide(model, asked)
+        self.whole[:], self.due[:] = [whole], self._parts(whole)
+        return [replace(whole, weights=self.due.pop(0)) if self.due else whole]
+
+    def _parts(self, whole: Decision) -> list[dict[str, float]]:
+        """Return the mixtures of a reply in parts; none where it is one."""
+        spoken = {name: weight for name, weight in whole.weights.items() if weight}
+        ordered = [name for name in self.order if name in spoken]
+        if len(ordered) < 2:
+            return []
+        beside = {name: weight for name, weight in spoken.items() if name not in ordered}
+        parts = [{name: whole.alone.get(name, spoken[name])} for name in ordered]
+        return [parts[0] | beside, *parts[1:]]
+
+
 @dataclass(frozen=True)
 class Turn:
     """One reply, and how it came about.
@@ -89,8 +138,9 @@ class Turn:
         reply: the assistant's message.
         text: the same as text, calls in the neutral written form.
         decision: who spoke.
-        read: tokens of the prompt that were computed for it.
+        read: tokens of the prompt that were computed for it (of all its prompts, where it has parts).
         kept: tokens of the prompt that stood in the cache.
+        parts: what each expert said, where they spoke one after another; a call ends a reply.
     """
 
     reply: Message
@@ -98,6 +148,7 @@ class Turn:
     decision: Decision
     read: int
     kept: int
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -112,7 +163,9 @@ class Conversation:
         instructions: a system message.
         policy: what becomes of the cache where the mixture changes.
         hysteresis: margin around one half in which scores do not change who speaks, in [0, 0.5).
-        max_new_tokens: of a reply.
+        max_new_tokens: of a reply, or of a part of one.
+        in_turn: names of experts in the order in which they speak one after another where the dispatcher chooses
+            several of them; empty: at once. What `mix` was told is always at once.
 
     Raises:
         DispatchError: a setting out of range.
@@ -126,6 +179,7 @@ class Conversation:
     policy: Policy = "refill"
     hysteresis: float = 0.1
     max_new_tokens: int = 128
+    in_turn: Sequence[str] = ()
     messages: list[Message] = field(default_factory=list, init=False)
     turns: list[Turn] = field(default_factory=list, init=False)
 
@@ -134,6 +188,8 @@ class Conversation:
             raise DispatchError(f"policy is {self.policy!r}." + did_you_mean(self.policy, get_args(Policy)))
         if not 0 <= self.hysteresis < 0.5:
             raise DispatchError(f"hysteresis is {self.hysteresis}: expected 0 or more, and less than 0.5.")
+        if self.in_turn:
+            present(self.in_turn, self.library)
         if self.instructions:
             self.messages.append(system(self.instructions))
         self._cache: DynamicCache | None = None
@@ -201,14 +257,33 @@ class Conversation:
     # --- one turn
 
     def _turn(self, streamer: BaseStreamer | None) -> Turn:
+        dispatcher = self._dispatcher()
+        if not self.in_turn or isinstance(dispatcher, Fixed):
+            text, decision, read, kept = self._part(self.messages, dispatcher, streamer)
+            return Turn(as_message(text), text, decision, read, kept)
+        first = First(dispatcher, self.in_turn)
+        text, _, read, kept = self._part(self.messages, first, streamer)
+        parts, behind = [text], list(self.messages)
+        for mixture in first.due:
+            if read_reply(text).calls:
+                break
+            behind += [as_message(text), user(NOD)]
+            text, _, more, known = self._part(behind, Fixed(mixture, first.whole[0].because), streamer)
+            parts, read, kept = [*parts, text], read + more, kept + known
+        said = " ".join(parts)
+        return Turn(as_message(said), said, first.whole[0], read, kept, tuple(parts) if first.due else ())
+
+    def _part(
+        self, messages: Sequence[Message], dispatcher: Dispatcher, streamer: BaseStreamer | None
+    ) -> tuple[str, Decision, int, int]:
+        """Return what is said behind messages, who said it, and how many tokens were read and known."""
         model = self.model
-        prompt = prompt_of(model, self.messages, list(self.tools), [], self.max_new_tokens).ids
-        dispatcher, decisions = self._dispatcher(), list[Decision]()
+        prompt = prompt_of(model, messages, list(self.tools), [], self.max_new_tokens).ids
+        decisions = list[Decision]()
         activated = self._activated()
         first = not activated and self.policy == "refill" and self._held  # who speaks decides what is read again
         if dispatcher.experts and (first or not dispatcher.reads):
-            context = Context(tuple(self.messages), tuple(self.tools))
-            decisions = decide(dispatcher, model, [context], self.library)
+            decisions = decide(dispatcher, model, [Context(tuple(messages), tuple(self.tools))], self.library)
             dispatcher = Fixed(decisions[0].weights, decisions[0].because)
         cache, kept = self._kept(prompt, dispatcher, activated)
         _, ends = turn_ends(model)
@@ -224,7 +299,7 @@ class Conversation:
         self._remember(output, prompt, activated, decisions[0])
         written = cast(Any, output).sequences[0, len(prompt) :].tolist()
         text = text_of(tokenizer_of(model), [one for one in written if one not in ends])
-        return Turn(as_message(text), text, decisions[0], len(prompt) - kept, kept)
+        return text, decisions[0], len(prompt) - kept, kept
 
     def _dispatcher(self) -> Dispatcher:
         if self.dispatcher is None:

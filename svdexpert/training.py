@@ -552,7 +552,8 @@ class Run:
         """Return what the run is, as JSON: settings, and digests of all that it is made from."""
         model, key = self.model, self.model.basis.key
         settings = objectives.settings_of(objectives.load(self.objective), self.recipe.settings, self.recipe.samples)
-        files = {one: Path(one).read_bytes() for one in self.skills if Path(one).is_file()}
+        paths = [one for one in self.skills if is_file(one) or one.endswith(".py")]
+        files = {one: Path(one).read_bytes() for one in paths if Path(one).is_file()}
         against = {name: one.flat(model.basis).numpy().tobytes() for name, one in self.against.items()}
         found = {
             "base": str(key),

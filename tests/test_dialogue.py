@@ -15,9 +15,10 @@ from test_dispatch import OPENS, Halves
 
 from svdexpert import DispatchError, Expert, SpectralModel
 from svdexpert.decision import Asked, Decision
-from svdexpert.dialogue import Conversation, Policy, Sticky, next_token_divergence
+from svdexpert.dialogue import NOD, Conversation, Policy, Sticky, next_token_divergence
 from svdexpert.dispatch.fixed import Fixed
 from svdexpert.errors import TooLongError
+from svdexpert.worlds import assistant, user
 
 SAID = ("hello there", "what is it?", "no", "and now?")
 MIXTURES: tuple[Mapping[str, float], ...] = ({"ask": 1.0}, {"doubt": 0.7, "call": 0.2}, {}, {"ask": 1.0})
@@ -138,6 +139,57 @@ def test_hysteresis_keeps_who_speaks_where_it_is_close(talking: SpectralModel) -
     assert "as in the turn before: ask, doubt" in talk.turns[1].decision.because
     first = Sticky(Scores(*rows), None, 0.1).decide(talking, Asked(None, torch.zeros(1, 1), torch.ones(1, 1)))
     assert first[0].chosen == {"ask"}
+
+
+class Chosen:
+    """Lets the same experts speak in every turn."""
+
+    reads = False
+    experts = ("ask", "doubt", "call")
+
+    def __init__(self, **weights: float) -> None:
+        self.weights = weights
+
+    def check(self, model: Any, library: Any) -> None:
+        pass
+
+    def decide(self, model: Any, asked: Asked) -> list[Decision]:
+        return [Decision(self.weights, 1.0, "chosen", alone={"ask": 2.0}) for _ in asked.ids]
+
+
+@pytest.mark.parametrize(("activated", "reach"), [(True, 0), (True, 3), (False, 0)])
+def test_experts_in_turn_are_one_conversation_each(talking: SpectralModel, activated: bool, reach: int) -> None:
+    experts = library(talking, activated, reach)
+    how: dict[str, Any] = {"max_new_tokens": 10, "hysteresis": 0.0}
+    chosen = Chosen(ask=1.0, doubt=0.7, call=0.3)
+    talk = Conversation(talking, experts, chosen, in_turn=("doubt", "ask"), **how)
+    for turn in range(2):
+        before = list(talk.messages)
+        found = talk.say(SAID[turn])
+        parts: list[str] = []
+        for mixture in ({"doubt": 0.7, "call": 0.3}, {"ask": 2.0}):
+            alone = Conversation(talking, experts, Fixed(mixture), **how)
+            alone.messages += [*before, user(SAID[turn]), *([assistant(parts[0])] if parts else [])]
+            parts.append(alone.say(NOD).text if parts else alone.reply_to().text)
+        assert found.parts == tuple(parts)
+        assert found.text == " ".join(parts) == talk.messages[-1]["content"]
+        assert found.decision.weights == {"ask": 1.0, "doubt": 0.7, "call": 0.3}
+    assert [one["role"] for one in talk.messages] == ["user", "assistant"] * 2
+    one = Conversation(talking, experts, Chosen(ask=1.0, call=0.3), in_turn=("doubt", "ask"), **how)
+    assert one.say(SAID[0]).text == fresh(talking, one, {"ask": 1.0, "call": 0.3}, 0)
+    assert not one.turns[0].parts
+    talk.mix({"ask": 1.0, "doubt": 1.0})
+    assert talk.say(SAID[2]).text == fresh(talking, talk, {"ask": 1.0, "doubt": 1.0}, 2)
+
+
+def test_a_call_ends_a_reply_of_several(talking: SpectralModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = library(talking, True)
+    talk = Conversation(talking, experts, Chosen(ask=1.0, doubt=1.0), in_turn=("ask", "doubt"), max_new_tokens=4)
+    called = '<tool_call>{"name": "book", "arguments": {}}</tool_call>'
+    monkeypatch.setattr("svdexpert.dialogue.text_of", lambda *_: called)
+    assert talk.say("hello").parts == (called,)
+    with pytest.raises(DispatchError, match="Did you mean 'ask'"):
+        Conversation(talking, experts, in_turn=("asks",))
 
 
 def test_what_goes_wrong_takes_nothing_with_it(model: SpectralModel, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ class Router:
         speak = [name for name, one in scores.items() if one >= 0.5 and sure >= self.abstain_below]
         chosen = {name: max(1.0, self.strengths.get(name, 1.0) / len(speak)) for name in speak}
         because = ", ".join(f"{name} {one:.2f}" for name, one in scores.items())
-        return Decision(chosen, sure, f"read from the prompt's last state: {because}", scores)
+        alone = {name: self.strengths.get(name, 1.0) for name in speak} if len(speak) > 1 else {}
+        return Decision(chosen, sure, f"read from the prompt's last state: {because}", scores, alone)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file holds."""
