@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -36,6 +37,7 @@ from svdexpert.basis import Basis
 from svdexpert.cli import run_command
 from svdexpert.errors import SvdExpertError
 from svdexpert.evaluate import FAMILIES
+from svdexpert.examples import Example
 from svdexpert.forward import Contexts
 from svdexpert.layers import Scope
 from svdexpert.model import check_base
@@ -138,7 +140,23 @@ def module_of(
         progress=False,
     )
     contexts = on.contexts if activated else Contexts(on.model, ())
-    return PeerModule(one, run.tasks(on.contexts), recipe, run, folder, contexts)
+    return PeerModule(one, for_one_adapter(run.tasks(on.contexts)), recipe, run, folder, contexts)
+
+
+def for_one_adapter(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks without those controls in which another task's move is due: one adapter cannot learn both."""
+    moves = {task.skill.MOVE for task in tasks if task.skill is not None}
+
+    def due(task: Task, row: Example) -> bool:
+        case = task.examples.cases[row.id]
+        assert task.skill is not None
+        return row.positive is False and task.skill.verify(case, case.gold[0]).move in moves - {task.skill.MOVE}
+
+    found = []
+    for task in tasks:
+        rows = tuple(row for row in task.examples.rows if not due(task, row))
+        found.append(replace(task, examples=replace(task.examples, rows=rows)))
+    return found
 
 
 def trained_on(on: Bench, kind: str, skills: Sequence[str], seed: int, rate: float, *, activated: bool = True) -> Peer:

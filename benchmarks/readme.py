@@ -56,6 +56,13 @@ COMPOSED = {
 }
 
 
+INTERFERENCE = {
+    "library": "experts, trained to compose, added",
+    "apart": "experts, trained apart, added",
+    "lora": "LoRA r4, trained to compose, added",
+    "cat": "LoRA r16, trained apart, added",
+    **{how: f"the same, PEFT `{how}`" for how in ("linear", "ties", "dare_ties")},
+}
 REGISTER = (
     *("base", "uniform", "best_single", "sum", "bag_of_words", "prompt", "classify", "router", "oracle"),
     *("system_prompt", "steering", "steering_by_hand", "linear", "ties", "dare_ties", "Arrow", "X-LoRA"),
@@ -158,18 +165,51 @@ def compose_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dispatched_table(results: dict[str, Any]) -> str:
+    """Return the table of demo.json or sgd.json: harbor and dispatched, by skill; and what else could be done."""
+    figures = results["figures"]
+    lines = ["| harbor -> dispatched | doing | controls |", "|---|---|---|"]
+    for skill in SKILLS:
+        pairs = [(figures[f"base_{what}_{skill}"], figures[f"{what}_{skill}"]) for what in ("doing", "controls")]
+        lines.append(f"| {skill} | {' | '.join('{:.2f} -> {:.2f}'.format(*pair) for pair in pairs)} |")
+    lines += ["", "| mean of doing and controls, all skills | |", "|---|---|"]
+    both = {key.removeprefix("both_"): value for key, value in figures.items() if key.startswith("both_")}
+    order = sorted(both, key=lambda one: (one != "ours", -both[one]))
+    names = {"ours": "svdexpert, dispatched", "linear": "LoRA r16 a skill, merged (linear)"}
+    lines += [f"| {names.get(one, one.replace('_', ' '))} | {both[one]:.2f} |" for one in order]
+    return "\n".join(lines)
+
+
+def interference_table(results: dict[str, Any]) -> str:
+    """Return the table of interference.json: experts and adapters alone and all at once."""
+    figures = results["figures"]
+    lines = [
+        "| what | doing alone | doing, all at once | largest loss | largest harm to another skill |",
+        "|" + "---|" * 5,
+    ]
+    for key, name in INTERFERENCE.items():
+        of = [figures.get(f"{what}_{key}") for what in ("alone_doing", "doing", "sum_loss", "off_skill")]
+        if of[1] is not None:
+            cells = ["" if one is None else f"{one:.2f}" for one in of]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def register_table(results: dict[str, Any]) -> str:
     """Return the table of register.json: right decisions, and success by kind of context."""
     figures = results["figures"]
     kinds = ["needs_clarifying", "false_claim", "true_claim", "complete_request", "no_tool_serves", "plain_question"]
     names = [one.replace("_", " ") for one in kinds]
-    lines = [f"| who speaks | right sets | {' | '.join(names)} | composite |", "|" + "---|" * (len(kinds) + 3)]
+    lines = [f"| who speaks | right sets | {' | '.join(names)} | composite, at once / in turn |"]
+    lines.append("|" + "---|" * (len(kinds) + 3))
     for key in REGISTER:
         if f"composite_{key}" not in figures:
             continue
         right = figures.get(f"accuracy_{key}")
         cells = ["" if right is None else f"{right:.2f}"]
-        cells += [f"{figures[f'success_{kind}_{key}']:.2f}" for kind in kinds] + [f"{figures[f'composite_{key}']:.2f}"]
+        cells += [f"{figures[f'success_{kind}_{key}']:.2f}" for kind in kinds]
+        parted = figures.get(f"composite_in_turn_{key}")
+        cells.append(f"{figures[f'composite_{key}']:.2f}" + ("" if parted is None else f" / {parted:.2f}"))
         lines.append(f"| {key.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -195,6 +235,9 @@ TABLES = {
     "peers": lambda results: peers_table(results) + "\n\n" + bars_table(results),
     "compose": lambda results: compose_table(results) + "\n\n" + bars_table(results),
     "register": lambda results: register_table(results) + "\n\n" + bars_table(results),
+    "demo": lambda results: dispatched_table(results) + "\n\n" + bars_table(results),
+    "sgd": lambda results: dispatched_table(results) + "\n\n" + bars_table(results),
+    "interference": lambda results: interference_table(results) + "\n\n" + bars_table(results),
 }
 
 

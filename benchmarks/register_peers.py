@@ -38,8 +38,8 @@ from svdexpert.model import check_base
 from svdexpert.skills import Case, load
 from svdexpert.worlds import Message, system
 
-RATE = 3e-3
-"""Learning rate of the LoRAs; the one that is chosen for rank 16 in benchmarks.peers."""
+RATE = 1e-3
+"""Learning rate of the LoRAs: the best in validation for their sum, their merges and the multi-task LoRA (LOG.md)."""
 PROMPTS = (
     "If a detail is missing, ask for it. If something that the user says is false, say so. If all is given, call the "
     "function.",
@@ -96,7 +96,7 @@ def adapted(on: Bench, name: str, seed: int) -> Peer:
     """Return harbor with the LoRA of a skill, with all three merged or routed by Arrow, or with the multi-task LoRA."""
     if name == "multi-task LoRA":
         return trained_on(on, "lora16", FAMILIES, seed, RATE)
-    folder = RUNS / f"lora16-{OBJECTIVE}-{on.world.name}-{seed}-{weights()}"
+    folder = RUNS / f"lora16-{OBJECTIVE}-{RATE:g}-{on.world.name}-{seed}-{weights()}"
     for skill in FAMILIES:
         if not (folder / skill / "adapter_config.json").exists():
             trained_on(on, "lora16", [skill], seed, RATE).adapted.save_pretrained(str(folder / skill))
