@@ -146,6 +146,20 @@ def note_reply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         cache._svd_reply = scope.reply
 
 
+def forget_reply(cache: Any, ids: Tensor, invocation: Sequence[int]) -> None:
+    """Forget where a reply has begun in a cache, if what is to be read behind it opens a new one in every row.
+
+    Args:
+        cache: of the conversation so far, or None.
+        ids: the whole conversation (b t).
+        invocation: at least one token.
+    """
+    if getattr(cache, "_svd_reply", None) is not None:
+        _, found = _invoked(ids[:, cache.get_seq_length() :], invocation, True)
+        if bool(found.all()):
+            cache._svd_reply = None
+
+
 def keep_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Keep the last token's hidden state, while a decision waits for it: a hook before the last layer and the head."""
     scope = cast(Scope, cast(Any, module)._svd_scope)

@@ -48,6 +48,7 @@ from svdexpert.layers import (
     decide_now,
     device_of,
     find_active,
+    forget_reply,
     is_adapted,
     keep_state,
     note_reply,
@@ -560,10 +561,11 @@ class SpectralModel:
         defaults = self.hf.generation_config  # transformers fills in from it what the given settings leave open
         beams = config.num_beams or defaults.num_beams or 1
         times = max(beams, config.num_return_sequences or defaults.num_return_sequences or 1)
-        pending = None
+        pending, opens = None, () if mixture is None else mixture.invocation
         if dispatcher is not None:
             asked = Asked(_contexts(prompts, tools), ids, mask)
             bank = self._bank_for(dispatcher, library)
+            opens = bank.invocation
             if dispatcher.reads:
                 _one_prefill(config, rest)
                 pending = self._pending(dispatcher, asked, bank, times, on_decision)
@@ -573,6 +575,8 @@ class SpectralModel:
             raise MixtureError("Activated experts need the whole prompt in one pass: leave prefill_chunk_size out.")
         if mixture is not None:
             mixture = mixture.repeated(times)
+        if opens:
+            forget_reply(rest.get("past_key_values"), ids, opens)
         device = device_of(self.hf.get_input_embeddings())
         with self.using(mixture):
             self._scope.pending = pending

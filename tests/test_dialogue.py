@@ -30,8 +30,8 @@ def talking(request: pytest.FixtureRequest) -> SpectralModel:
     return SpectralModel.attach(tiny(request.param, **room), byte_tokenizer(), k=8, progress=False)
 
 
-def library(model: SpectralModel, activated: bool, reach: int = 0) -> dict[str, Expert]:
-    opens = OPENS if activated else ()
+def library(model: SpectralModel, activated: bool, reach: int = 0, opens: tuple[int, ...] = OPENS) -> dict[str, Expert]:
+    opens = opens if activated else ()
     return {
         name: replace(Expert.random(model.basis, std=0.3, seed=seed), invocation=opens, reach=reach)
         for seed, name in enumerate(("ask", "doubt", "call"))
@@ -81,6 +81,15 @@ def test_reuse_reads_less_and_says_what_the_first_turn_says(talking: SpectralMod
 @pytest.mark.parametrize(("activated", "reach"), [(True, 0), (True, 3), (False, 0)])
 def test_a_dispatcher_decides_in_every_turn(talking: SpectralModel, activated: bool, reach: int) -> None:
     experts = library(talking, activated, reach)
+    talk = Conversation(talking, experts, Halves(tuple(experts)), max_new_tokens=10, hysteresis=0)
+    for turn, text in enumerate(SAID):
+        found = talk.say(text)
+        assert found.text == fresh(talking, talk, found.decision.weights, turn)
+    assert len({json.dumps(one.decision.as_json()) for one in talk.turns}) > 1
+
+
+def test_a_reply_that_one_token_opens_begins_anew_in_every_turn(talking: SpectralModel) -> None:
+    experts = library(talking, True, 3, OPENS[-1:])
     talk = Conversation(talking, experts, Halves(tuple(experts)), max_new_tokens=10, hysteresis=0)
     for turn, text in enumerate(SAID):
         found = talk.say(text)
