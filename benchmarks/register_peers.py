@@ -48,7 +48,8 @@ PROMPTS = (
 )
 COEFFICIENTS = (0.5, 1.0, 2.0, 4.0)
 MERGES = ("linear", "ties", "dare_ties")
-PEERS = ("system prompt", "steering", "steering by hand", *MERGES, "Arrow", "multi-task LoRA", "X-LoRA")
+MULTI_TASK = "multi-task LoRA"
+PEERS = ("system prompt", MULTI_TASK, *MERGES, "Arrow", "X-LoRA", "steering", "steering by hand")
 
 
 def peer_success(name: str, seed: int, n: int) -> dict[str, Any]:
@@ -94,12 +95,11 @@ def spoken(on: Bench, cases: Sequence[Case], speaker: Any) -> list[str]:
 
 def adapted(on: Bench, name: str, seed: int) -> Peer:
     """Return harbor with the LoRA of a skill, with all three merged or routed by Arrow, or with the multi-task LoRA."""
-    if name == "multi-task LoRA":
-        return trained_on(on, "lora16", FAMILIES, seed, RATE)
     folder = RUNS / f"lora16-{OBJECTIVE}-{RATE:g}-{on.world.name}-{seed}-{weights()}"
-    for skill in FAMILIES:
-        if not (folder / skill / "adapter_config.json").exists():
-            trained_on(on, "lora16", [skill], seed, RATE).adapted.save_pretrained(str(folder / skill))
+    needed = {MULTI_TASK: FAMILIES} if name == MULTI_TASK else {skill: (skill,) for skill in FAMILIES}
+    for adapter, skills in needed.items():  # kept, and trained once for all benchmarks
+        if not (folder / adapter / "adapter_config.json").exists():
+            trained_on(on, "lora16", skills, seed, RATE).adapted.save_pretrained(str(folder / adapter))
     hf = AutoModelForCausalLM.from_pretrained(check_base("harbor"), dtype=torch.float32)
     assert on.model.tokenizer is not None
     if name == "Arrow":
@@ -111,7 +111,7 @@ def adapted(on: Bench, name: str, seed: int) -> Peer:
                 parent, _, place = path.rpartition(".")
                 setattr(routed.get_submodule(parent), place, module.base_layer)
         return Peer(routed, on.model.tokenizer, on.model.basis)
-    if name in FAMILIES:
+    if name in needed:
         one = PeftModel.from_pretrained(hf, str(folder / name))
         return Peer(one.eval(), on.model.tokenizer, on.model.basis)
     merged = PeftModel.from_pretrained(hf, str(folder / FAMILIES[0]), adapter_name=FAMILIES[0])
