@@ -1,5 +1,7 @@
 """Put the tables of `results/*.json` into README.md, between `<!-- table: NAME -->` and `<!-- /table -->`.
 
+The first word of NAME is that of the file.
+
 A figure stands in the README only if a benchmark wrote it; a test compares the two.
 """
 
@@ -165,14 +167,20 @@ def compose_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def dispatched_table(results: dict[str, Any]) -> str:
-    """Return the table of demo.json or sgd.json: harbor and dispatched, by skill; and what else could be done."""
+def skills_table(results: dict[str, Any]) -> str:
+    """Return the table of demo.json or sgd.json: harbor and dispatched, by skill."""
     figures = results["figures"]
     lines = ["| harbor -> dispatched | doing | controls |", "|---|---|---|"]
     for skill in SKILLS:
         pairs = [(figures[f"base_{what}_{skill}"], figures[f"{what}_{skill}"]) for what in ("doing", "controls")]
         lines.append(f"| {skill} | {' | '.join('{:.2f} -> {:.2f}'.format(*pair) for pair in pairs)} |")
-    lines += ["", "| mean of doing and controls, all skills | |", "|---|---|"]
+    return "\n".join(lines)
+
+
+def leads_table(results: dict[str, Any]) -> str:
+    """Return the table of demo.json or sgd.json: what else could be done."""
+    figures = results["figures"]
+    lines = ["| mean of doing and controls, all skills | |", "|---|---|"]
     both = {key.removeprefix("both_"): value for key, value in figures.items() if key.startswith("both_")}
     order = sorted(both, key=lambda one: (one != "ours", -both[one]))
     names = {"ours": "svdexpert, dispatched", "linear": "LoRA r16 a skill, merged (linear)"}
@@ -235,8 +243,9 @@ TABLES = {
     "peers": lambda results: peers_table(results) + "\n\n" + bars_table(results),
     "compose": lambda results: compose_table(results) + "\n\n" + bars_table(results),
     "register": lambda results: register_table(results) + "\n\n" + bars_table(results),
-    "demo": lambda results: dispatched_table(results) + "\n\n" + bars_table(results),
-    "sgd": lambda results: dispatched_table(results) + "\n\n" + bars_table(results),
+    "demo skills": skills_table,
+    "demo": lambda results: leads_table(results) + "\n\n" + bars_table(results),
+    "sgd": lambda results: "\n\n".join(table(results) for table in (skills_table, leads_table, bars_table)),
     "interference": lambda results: interference_table(results) + "\n\n" + bars_table(results),
 }
 
@@ -246,7 +255,7 @@ def filled(text: str) -> str:
     for name, table in TABLES.items():
         if f"<!-- table: {name} -->" not in text:
             continue
-        made = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        made = table(json.loads((RESULTS / f"{name.split()[0]}.json").read_text()))
         block = f"<!-- table: {name} -->\n{made}\n<!-- /table -->"
         text = re.sub(rf"<!-- table: {name} -->.*?<!-- /table -->", lambda _, block=block: block, text, flags=re.S)
     return text

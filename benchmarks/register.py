@@ -22,6 +22,8 @@ finished run is one row of benchmarks/results/register.json; rows that are there
                         all again over refill
     fewshot_evals_ratio     passes over ten shots, cross-entropy method over gradient, to the same loss, one weight a
                         matrix and expert, as published; _by_expert with one an expert; 1,600 passes where it is missed
+
+register.png and register-turns.png show whom the router lets speak, by kind of context and in the turns of a dialogue.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import hashlib
 import json
 import math
 import re
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +59,8 @@ from svdexpert.dispatch.fewshot import search
 from svdexpert.dispatch.router import guessed_pairs, kinds_of_pairs, labels, probabilities, regressions
 from svdexpert.evaluate import FAMILIES, judge
 from svdexpert.forward import Forward
-from svdexpert.report import draw_shares
+from svdexpert.report import draw_shares, draw_turns
+from svdexpert.showcase import dialogue
 from svdexpert.skills import load
 from svdexpert.worlds import World, assistant
 
@@ -518,6 +522,14 @@ def draw_confusion(grid: Grid, path: Path) -> None:
     draw_shares((table / table.sum(-1, keepdim=True)).tolist(), KINDS, chosen, path)
 
 
+def draw_dialogue(of: Seed, path: Path) -> None:
+    """Write who speaks in the turns of a dialogue that needs another register in every turn, as a picture."""
+    cases = load("clarify").cases(of.world, "heldout", 64)
+    talk, said = dialogue(of.model, of.library, of.router, cases)
+    labels = [textwrap.shorten(one, 60) for one in said]
+    draw_turns([one.decision.weights for one in talk.turns], FAMILIES, labels, path)
+
+
 def main(seeds: int = 3, n: int = 100, workers: int = 2) -> None:
     """Run what has not been run, and print the table.
 
@@ -552,6 +564,7 @@ def main(seeds: int = 3, n: int = 100, workers: int = 2) -> None:
     found = figures(grid)
     grid.write(found)
     draw_confusion(grid, RESULTS / "register.png")
+    draw_dialogue(of_seed(0, n), RESULTS / "register-turns.png")
     grid.show(found)
 
 

@@ -511,9 +511,16 @@ def command(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "svdexpert.cli", *words]
 
 
+def here(out: Path, **changes: Any) -> Expert:
+    """Return what the command trains, by a call in this process."""
+    model = SpectralModel.from_pretrained("harbor", k=4, progress=False)
+    settings = {key: value for key, value in SMALL.items() if key != "save_every"} | changes
+    return train(model, "clarify", "dpo", recipe=Recipe(**settings), out=out, progress=False)  # type: ignore[arg-type]
+
+
 def test_a_killed_run_ends_bit_for_bit_where_it_would_have(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(command(whole, "--recipe.save_every=1"), check=True, capture_output=True)
+    here(whole, save_every=1)
     running = subprocess.Popen(command(cut, "--recipe.save_every=1"), stderr=subprocess.DEVNULL)
     while not (cut / "checkpoints" / "last.ckpt").is_file() and running.poll() is None:
         time.sleep(0.01)
@@ -526,12 +533,12 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(tmp_path: Path) -> No
 
 
 def test_two_processes_follow_one(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+    two = tmp_path / "two"
     sgd = ["--accelerator=cpu", "--recipe.optimizer=sgd", "--recipe.learning_rate=1", "--recipe.steps=20"]
-    subprocess.run(command(one, *sgd), check=True, capture_output=True)
+    one = here(tmp_path / "one", optimizer="sgd", learning_rate=1.0, steps=20)
     both = command(two, *sgd, "--devices=2", "--strategy=ddp")
     subprocess.run(both, check=True, capture_output=True, timeout=300)
-    found = [Expert.load(folder / "experts" / "clarify") for folder in (one, two)]
-    assert found[0].norm() > 1e-2
-    for name, offsets in found[0].offsets.items():
-        torch.testing.assert_close(found[1].offsets[name], offsets, atol=1e-4, rtol=0)
+    found = Expert.load(two / "experts" / "clarify")
+    assert one.norm() > 1e-2
+    for name, offsets in one.offsets.items():
+        torch.testing.assert_close(found.offsets[name], offsets, atol=1e-4, rtol=0)
