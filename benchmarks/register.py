@@ -552,15 +552,15 @@ def main(seeds: int = 3, n: int = 100, workers: int = 2) -> None:
     jobs += [job(few_shots, seed, {"what": "few shots"}) for seed in every]
     grid.all(jobs, workers)
     grid.write(figures(grid))
-    for name in PEERS:
-        if name != "X-LoRA":
-            grid.all([job(peer_success, seed, {"peer": name}, name=name) for seed in every], workers)
-    few = min(n, X_LORA)
-    grid.once({"peer": "X-LoRA", "seed": 0, "n": few}, peer_success, name="X-LoRA", seed=0, n=few)
-    alone = {"seed": 0, "n": n}
+    alone, few = {"seed": 0, "n": n}, {"seed": 0, "n": min(n, X_LORA)}
     grid.once({"what": "costs", **alone}, costs, **alone)
     for tokens in (512, 960):
         grid.once({"what": "next token", "tokens": tokens, **alone}, next_token_times, tokens=tokens, **alone)
+    for name in PEERS:
+        if name == "X-LoRA":
+            grid.once({"peer": name, **few}, peer_success, name=name, **few)
+        else:
+            grid.all([job(peer_success, seed, {"peer": name}, name=name) for seed in every], workers)
     found = figures(grid)
     grid.write(found)
     draw_confusion(grid, RESULTS / "register.png")
