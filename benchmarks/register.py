@@ -10,8 +10,10 @@ finished run is one row of benchmarks/results/register.json; rows that are there
                         on composites; the largest fall of success in a kind from the base; of their confidence
     composite_in_turn_  success on composites where the experts that the router chooses speak one after another; of a
                         peer: where it is told to speak once more (svdexpert.dialogue.NOD), on composites alone
-    composite_margin    that of the router less that of the best peer but the multi-task LoRA, in turn or at once
-    composite_over_multitask            the same over the multi-task LoRA's
+    composite_margin    that of the router less success of the best peer but the multi-task LoRA, which replies once;
+                        _told: where nobody has to see that two replies are due: both of ours told, less the peer's
+                        composite_in_turn_
+    composite_over_multitask            the same over the multi-task LoRA's, infinite where that is 0; _told
     regret_             success of the oracle (the first set of RIGHT) less that of the strategy, mean over kinds
     router_ms           milliseconds a prompt that a router adds to one token from the same mixture given by hand
     routed_over_fixed, routed_over_base     time of 64 tokens, routed over given by hand, over the base
@@ -36,7 +38,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean, median
@@ -47,8 +49,8 @@ from torch import Tensor
 
 from benchmarks.compose import OBJECTIVE, recipe
 from benchmarks.grid import RESULTS, RUNS, Bench, Grid, Job, bench, library_of, mean
-from benchmarks.register_peers import PEERS, peer_success
-from benchmarks.suite import IN_TURN, KINDS, RIGHT, Item, replies, success, suite
+from benchmarks.register_peers import MULTI_TASK, PEERS, peer_success
+from benchmarks.suite import IN_TURN, KINDS, RIGHT, Item, behind, replies, success, suite
 from svdexpert import Expert, SpectralModel
 from svdexpert.cli import run_command
 from svdexpert.conversation import continuation, render, tokenizer_of
@@ -285,6 +287,22 @@ def in_turn(of: Seed, item: Item) -> str:
     return talk.reply_to(*item.case.messages).text
 
 
+def told(seed: int, n: int) -> dict[str, float]:
+    """Return what becomes of composites where nobody has to decide: both experts are told to speak in turn."""
+    of = of_seed(seed, n)
+    both = [one for one in of.items if one.kind == "composite"]
+    said: list[list[str]] = []
+    for name in IN_TURN:
+        items = (
+            [replace(one, case=behind(one.case, reply)) for one, reply in zip(both, said[-1], strict=True)]
+            if said
+            else both
+        )
+        said.append(replies(of.on, of.library, items, [{name: of.router.strengths[name]}] * len(items)))  # type: ignore[attr-defined]
+    parted = map(" ".join, zip(*said, strict=True))
+    return {"composite": fmean(one.right(reply) for one, reply in zip(both, parted, strict=True))}
+
+
 # --- what it costs
 
 
@@ -487,13 +505,12 @@ def figures(grid: Grid) -> dict[str, float]:
     parted = [row["in_turn"] for row in grid.find(strategy="router")]
     found["composite_in_turn_router"] = mean(parted, "composite")
 
-    def best(names: set[str]) -> float:
-        ways = [f"{way}_{name}".replace(" ", "_") for name in names for way in ("composite", "composite_in_turn")]
-        return max((found[one] for one in ways), default=math.nan)
-
-    found["composite_margin"] = found["composite_in_turn_router"] - best(peers - {"multi-task LoRA"})
-    told = best(peers & {"multi-task LoRA"})
-    found["composite_over_multitask"] = found["composite_in_turn_router"] / told if told else math.inf
+    found["composite_in_turn_told"] = mean(grid.find(what="told"), "composite")
+    others = [name.replace(" ", "_") for name in peers - {MULTI_TASK}]
+    for end, ours, way in (("", "router", "composite"), ("_told", "told", "composite_in_turn")):
+        made, alone = found[f"composite_in_turn_{ours}"], found.get(f"{way}_{MULTI_TASK}".replace(" ", "_"), math.nan)
+        found[f"composite_margin{end}"] = made - max((found[f"{way}_{one}"] for one in others), default=math.nan)
+        found[f"composite_over_multitask{end}"] = made / alone if alone else math.inf
     for name in ("accuracy", "regret"):
         found[f"router_{name}"] = found.get(f"{name}_router", math.nan)
     found["abstain_exact"] = mean(grid.find(strategy="router"), "abstain_exact")
@@ -546,7 +563,8 @@ def main(seeds: int = 3, n: int = 100, workers: int = 2) -> None:
 
     grid.all([job(oracle, seed, {"strategy": "oracle"}) for seed in every], workers)  # trains the libraries
     grid.all([job(measured, seed, {"strategy": "router"}, name="router", base=base) for seed in every], workers)
-    jobs = [job(switched, seed, {"what": "switched"}) for seed in every]
+    jobs = [job(told, seed, {"what": "told"}) for seed in every]
+    jobs += [job(switched, seed, {"what": "switched"}) for seed in every]
     for name in STRATEGIES:
         jobs += [job(measured, seed, {"strategy": name}, name=name, base=base) for seed in every]
     jobs += [job(few_shots, seed, {"what": "few shots"}) for seed in every]

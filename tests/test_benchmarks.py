@@ -153,12 +153,15 @@ def test_figures_of_the_register_are_means_over_seeds(tmp_path: Path, monkeypatc
     for peer, at_once, in_turn in (("Arrow", 0.1, 0.3), ("linear", 0.2, 0.0), ("multi-task LoRA", 0.5, 0.4)):
         made = {"success": dict.fromkeys(suite.KINDS, at_once), "in_turn": in_turn}
         opened.once({"peer": peer, "seed": 0}, lambda made=made: made)
+    opened.once({"what": "told", "seed": 0}, lambda: {"composite": 0.6})
     opened.once({"what": "next token", "tokens": 512}, lambda: {"refill": 2.0, "reuse": 1.0, "reread": 8.0})
     found = register.figures(opened)
     assert found["router_accuracy"] == pytest.approx(0.85)
     assert found["composite_router"] == pytest.approx(0.85)
-    assert found["composite_margin"] == pytest.approx(0.85 - 0.3)
+    assert found["composite_margin"] == pytest.approx(0.85 - 0.2)
     assert found["composite_over_multitask"] == pytest.approx(0.85 / 0.5)
+    assert found["composite_margin_told"] == pytest.approx(0.6 - 0.3)
+    assert found["composite_over_multitask_told"] == pytest.approx(0.6 / 0.4)
     assert (found["reuse_speedup"], found["reread_over_refill"]) == (2.0, 4.0)
 
 
