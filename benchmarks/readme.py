@@ -228,7 +228,7 @@ def bars_table(results: dict[str, Any]) -> str:
     for name, bar in results["bars"].items():
         value = results["figures"].get(name)
         if value is None:
-            lines.append(f"| `{name}` | | {bar['op']} {bar['value']:g} | not measured |")
+            lines.append(f"| `{name}` | | {bar['op']} {bar['value']:g} | no figure |")
             continue
         passes = value <= bar["value"] if bar["op"] == "<=" else value >= bar["value"]
         lines.append(f"| `{name}` | {number(value)} | {bar['op']} {bar['value']:g} | {'yes' if passes else '**no**'} |")
