@@ -304,7 +304,7 @@ class Conversation:
     def _dispatcher(self) -> Dispatcher:
         if self.dispatcher is None:
             return Fixed({})
-        if not self.turns or not self.hysteresis:
+        if not self.turns or not self.hysteresis or isinstance(self.dispatcher, Fixed):
             return self.dispatcher
         return Sticky(self.dispatcher, self.turns[-1].decision, self.hysteresis)
 

@@ -187,8 +187,14 @@ def test_experts_in_turn_are_one_conversation_each(talking: SpectralModel, activ
     one = Conversation(talking, experts, Chosen(ask=1.0, call=0.3), in_turn=("doubt", "ask"), **how)
     assert one.say(SAID[0]).text == fresh(talking, one, {"ask": 1.0, "call": 0.3}, 0)
     assert not one.turns[0].parts
-    talk.mix({"ask": 1.0, "doubt": 1.0})
-    assert talk.say(SAID[2]).text == fresh(talking, talk, {"ask": 1.0, "doubt": 1.0}, 2)
+    by_hand = {"ask": 1.0, "doubt": 1.0}
+    for hysteresis in (0.0, 0.1):
+        mixed = Conversation(
+            talking, experts, Chosen(ask=1.0), in_turn=("doubt", "ask"), **how | {"hysteresis": hysteresis}
+        )
+        mixed.mix(by_hand)
+        for turn, text in enumerate(SAID):
+            assert mixed.say(text).text == fresh(talking, mixed, by_hand, turn)
 
 
 def test_a_call_ends_a_reply_of_several(talking: SpectralModel, monkeypatch: pytest.MonkeyPatch) -> None:
