@@ -39,7 +39,7 @@ from svdexpert.skills import Case, load
 from svdexpert.worlds import Message, system
 
 RATE = 1e-3
-"""Learning rate of the LoRAs: the best in validation for their sum, their merges and the multi-task LoRA (LOG.md)."""
+"""Learning rate of the LoRAs, from a look in validation with seed 0 (LOG.md): not searched for every peer."""
 PROMPTS = (
     "If a detail is missing, ask for it. If something that the user says is false, say so. If all is given, call the "
     "function.",
