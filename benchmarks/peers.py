@@ -248,15 +248,15 @@ def main(seeds: int = 3, n: int = 500, workers: int = 2) -> None:
     grid.once({"kind": "four in one batch"}, four_in_one_batch)
     grid.once({"kind": "memory of dpo"}, dpo_memory)
 
-    def job(kind: str, skill: str, seed: int, rate: float, base: Any, **run: Any) -> Job:
+    def job(kind: str, skill: str, seed: int, rate: float, base: Any, run: Mapping[str, Any]) -> Job:
         given = {"kind": kind, "skill": skill, "seed": seed, "n": n, "rate": rate, "base": base}
         return Job({"kind": kind, "skill": skill, "seed": seed, **run}, adapter, given)
 
     for kind in KINDS:
-        grid.all([job(kind, FAMILIES[0], 0, rate, None, rate=rate) for rate in RATES], workers)
+        grid.all([job(kind, FAMILIES[0], 0, rate, None, {"rate": rate}) for rate in RATES], workers)
         tried = [row for row in grid.find(kind=kind) if "validation" in row]
         rate = max(tried, key=lambda row: row["validation"])["rate"]
-        runs = [job(kind, skill, seed, rate, bases[0], n=n) for seed in range(seeds) for skill in FAMILIES]
+        runs = [job(kind, skill, seed, rate, bases[0], {"n": n}) for seed in range(seeds) for skill in FAMILIES]
         grid.all(runs, workers)
         grid.write(figures(grid, ours))
         if kind in SMALLER[:-1] and reaches(grid, ours, kind):

@@ -211,4 +211,4 @@ def main(data: str, seeds: int = 3, n: int = 500, workers: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m benchmarks.sgd")
+    run_command(main, "python -m benchmarks.sgd", as_positional=False)
