@@ -18,10 +18,11 @@ from svdexpert.errors import BasisError, ExpertError, ExportError, MixtureError,
 from svdexpert.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
+    from svdexpert.dispatch import Example
     from svdexpert.expert import Expert
     from svdexpert.model import SpectralModel
 
@@ -467,6 +468,7 @@ def fit_dispatcher(
         place, names = worlds.load(world, data), skills or _skills(library)
         rows = dispatch.examples_of(names, place, "train", n, seed=seed)
         held = dispatch.examples_of(names, place, "validation", validation, seed=seed)
+    rows, held = _fitting(loaded, rows), _fitting(loaded, held)
     made = dispatch.fit(strategy, loaded, library, rows, held, **settings)
     _show(f"{dispatch.save_dispatcher(made, out)}: {strategy} for {', '.join(library)}")
     if held:
@@ -520,6 +522,7 @@ def eval_dispatcher(
     else:
         names = skills or _skills(library)
         rows = dispatch.examples_of(names, worlds.load(world, data), split, n, seed=seed)
+    rows = _fitting(loaded, rows)
     decisions = dispatch.decide(made, loaded, [one.context for one in rows], library, progress=sys.stderr.isatty())
     _show(report.dispatch_table(evaluate.judge([one.wanted for one in rows], decisions)))
     if log is not None:
@@ -626,6 +629,16 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SvdExpertError(f"{path} is no text in UTF-8: {error}.") from error
+
+
+def _fitting(model: "SpectralModel", examples: "Sequence[Example]") -> "list[Example]":
+    """Return the examples that fit the model's context, and say how many do not."""
+    from svdexpert import dispatch
+
+    found = dispatch.fitting(model, examples)
+    if left_out := len(examples) - len(found):
+        _show(f"{left_out} of {len(examples)} examples were left out: {dispatch.TOO_LONG}")
+    return found
 
 
 def _experts(path: str | None) -> "Mapping[str, Expert]":

@@ -425,6 +425,18 @@ def test_what_generate_refuses(model: SpectralModel) -> None:
     assert model.generate(CHATS, max_new_tokens=2)
 
 
+def test_examples_longer_than_the_model_are_left_out_and_counted(model: SpectralModel) -> None:
+    long = Example(Context(({"role": "user", "content": "so " * 4000},)), frozenset())
+    rows, how = examples(20), {"strength": 1.0}
+    with pytest.warns(UserWarning, match=rf"2 of {2 * len(rows) + 2} examples were left out: their last turn"):
+        found = fit("router", model, library(model), [*rows, long], [long, *rows], **how)
+    without = fit("router", model, library(model), rows, rows, **how)
+    assert isinstance(found, Router)
+    assert isinstance(without, Router)
+    assert torch.equal(found.weight, without.weight)
+    assert found.scores == without.scores
+
+
 def test_what_fit_refuses(model: SpectralModel) -> None:
     experts = library(model)
     with pytest.raises(DispatchError, match=r"no strategy 'ruoter'\. Did you mean 'router'"):

@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
@@ -39,7 +41,7 @@ from svdexpert.conversation import (
 )
 from svdexpert.conversation import fit as fit_to
 from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
-from svdexpert.errors import DispatchError, did_you_mean
+from svdexpert.errors import DispatchError, TooLongError, did_you_mean
 from svdexpert.expert import Expert
 from svdexpert.forward import Forward, left_padded
 from svdexpert.mixture import Bank
@@ -117,7 +119,7 @@ def fit(
         strategy: name of a file in this folder, or an import path.
         model: attached, with a tokenizer that has a chat template.
         library: the experts, by name.
-        examples: what it learns from.
+        examples: what it learns from; those that do not fit the model are left out, with a warning that counts them.
         validation: what its settings are chosen on; a fifth of the examples if there is none.
         settings: of the strategy.
 
@@ -131,6 +133,10 @@ def fit(
     for name in wanted:
         if name not in library:
             raise DispatchError(f"An example wants {name!r}, which the library lacks." + did_you_mean(name, library))
+    given = len(examples) + len(validation)
+    examples, validation = fitting(model, examples), fitting(model, validation)
+    if left_out := given - len(examples) - len(validation):
+        warnings.warn(f"{left_out} of {given} examples were left out: {TOO_LONG}", stacklevel=2)
     if len(examples) <= len(library):
         raise DispatchError(
             f"There are {len(examples)} examples for {len(library)} experts and the base: give several of each, and of "
@@ -149,6 +155,22 @@ def fit(
 
 
 # --- examples
+
+
+TOO_LONG = "their last turn alone is longer than the model's context."
+
+
+def fitting(model: SpectralModel, examples: Sequence[Example]) -> list[Example]:
+    """Return the examples whose last turn fits the model's context, in their order."""
+
+    def fits(one: Example) -> bool:
+        with suppress(TooLongError):
+            return not one.context.messages or bool(
+                _ids(model, one.context)
+            )  # an empty one is refused where it is read
+        return False
+
+    return [one for one in examples if fits(one)]
 
 
 def examples_of(
@@ -429,6 +451,10 @@ def read(model: SpectralModel, ids: Tensor, seen: Tensor) -> Tensor:
     return found[0]
 
 
+def _ids(model: SpectralModel, context: Context) -> list[int]:
+    return prompt_of(model, list(context.messages), list(context.tools), [], 0).ids
+
+
 def _batches(
     model: SpectralModel, contexts: Sequence[Context], batch_size: int, progress: bool
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -436,7 +462,7 @@ def _batches(
     for place, one in enumerate(contexts):
         if not one.messages:
             raise DispatchError(f"Conversation {place} is empty: there is nothing to decide on.")
-    rows = [prompt_of(model, list(one.messages), list(one.tools), [], 0).ids for one in contexts]
+    rows = [_ids(model, one) for one in contexts]
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     device = Forward(model.hf).device
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
