@@ -1,6 +1,6 @@
 """Real dialogues: the main job on the Schema-Guided Dialogue data (Rastogi et al. 2020, CC BY-SA 4.0).
 
-    python -m benchmarks.sgd --data PATH [--seeds 3] [--n 500] [--workers 2]
+    python -m benchmarks.sgd --data PATH [--seeds 3] [--n 300] [--workers 2]
 
 A library and a router are trained on the train split (configs/train/sgd-library.yaml, configs/dispatch/sgd-router.yaml)
 and measured on the dev split, beside what else could be done (benchmarks/register_peers.py). Every finished run is one
@@ -105,7 +105,7 @@ def ours(seed: int, n: int, data: str) -> dict[str, Any]:
         "alone": alone,
         "sum": shares(on.scores(added(some.values()))),
         "composite": composite(on, dispatcher, some),
-        "switch": switched(on, dispatcher, some, n),
+        "switch": switched(on, dispatcher, some),
     }
 
 
@@ -127,15 +127,17 @@ def answered(
     return [(one.right(reply), names) for one, reply, names in zip(items, said, who, strict=True)]
 
 
-def switched(on: Bench, dispatcher: Dispatcher, library: Mapping[str, Expert], n: int) -> dict[str, float]:
-    """Return what is made of dialogues that need a question first and a call later."""
-    drawn = {name: [one for one in draw(on.world, "heldout", 2 * n)[name] if one.positive] for name in FAMILIES}
+def switched(on: Bench, dispatcher: Dispatcher, library: Mapping[str, Expert]) -> dict[str, float]:
+    """Return what is made of dialogues that need a question first and a call later, as far as there are any."""
+    drawn = {name: [one for one in draw(on.world, "heldout", 1000)[name] if one.positive] for name in FAMILIES}
     pairs = {
         early.cluster: (early, late)
         for early in drawn["clarify"]
         for late in drawn["call"]
         if early.cluster == late.cluster and late.messages[: len(early.messages)] == early.messages
     }
+    if not pairs:
+        return {"n": 0}
     first, second = (answered(on, dispatcher, library, [pair[place] for pair in pairs.values()]) for place in (0, 1))
     due = (frozenset({"clarify"}), frozenset({"call"}))
     both_right = list(zip(first, second, strict=True))
@@ -187,7 +189,7 @@ def figures(grid: Grid) -> dict[str, float]:
     return found | {"lead_sgd": found["both_ours"] - best}
 
 
-def main(data: str, seeds: int = 3, n: int = 500, workers: int = 2) -> None:
+def main(data: str, seeds: int = 3, n: int = 300, workers: int = 2) -> None:
     """Run what has not been run, and print the table.
 
     Args:
