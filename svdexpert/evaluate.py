@@ -27,7 +27,9 @@ import numpy as np
 import torch
 
 from svdexpert.conversation import (
+    Prompt,
     answers,
+    context_of,
     continuation,
     opening,
     prompt_of,
@@ -37,7 +39,7 @@ from svdexpert.conversation import (
     watch,
 )
 from svdexpert.decision import Context, Decision
-from svdexpert.errors import MeasurementError, SvdExpertError, WorldError
+from svdexpert.errors import MeasurementError, SvdExpertError, TooLongError, WorldError
 from svdexpert.expert import Expert
 from svdexpert.forward import Contexts, Forward, left_padded
 from svdexpert.mixture import Bank, Blend
@@ -149,6 +151,7 @@ class SkillResult:
         figures: estimates by name: see `figures`.
         p_values: of the gap: "mcnemar" (cases independent) and "sign_flip" (whole clusters).
         errors: how often each class of error was made.
+        too_long: cases that were left out, because the model's context is too short for them.
     """
 
     skill: str
@@ -158,6 +161,7 @@ class SkillResult:
     figures: Mapping[str, Estimate]
     p_values: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, int] = field(default_factory=dict)
+    too_long: int = 0
 
     @property
     def dropped(self) -> int:
@@ -215,12 +219,8 @@ def answer_knowing(
         SvdExpertError: no chat template, or a question longer than the context.
         MixtureError: a mixture by row or token is in force.
     """
-    tokenizer, (end, ends) = tokenizer_of(model), turn_ends(model)
-    prompts = []
-    for case in cases:
-        options = [[*continuation(tokenizer, option), end] for option in case.knowing.options]
-        room = max(KNOWING_TOKENS, *map(len, options))
-        prompts.append(prompt_of(model, case.knowing.messages, case.knowing.tools, options, room))
+    tokenizer, (_, ends) = tokenizer_of(model), turn_ends(model)
+    prompts = [_question(model, case) for case in cases]
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "contexts": contexts}
     given = answers(model, prompts, ends, "asking", **how)
     found = []
@@ -231,6 +231,24 @@ def answer_knowing(
         right, exact = chosen == case.knowing.answer, normalised(reply) == normalised(case.knowing.answer)
         found.append(KnowingAnswer(scores, chosen, right, exact, reply, prompt.dropped))
     return found
+
+
+def _question(model: SpectralModel, case: Case) -> Prompt:
+    """Return a knowing item with its options as continuations."""
+    tokenizer, (end, _) = tokenizer_of(model), turn_ends(model)
+    options = [[*continuation(tokenizer, option), end] for option in case.knowing.options]
+    room = max(KNOWING_TOKENS, *map(len, options))
+    return prompt_of(model, case.knowing.messages, case.knowing.tools, options, room)
+
+
+def fits(model: SpectralModel, case: Case, max_new_tokens: int = 96) -> bool:
+    """Return whether a case can be asked about, and replied to, within the model's context."""
+    try:
+        prompt_of(model, case.messages, case.tools, [], max_new_tokens)
+        _question(model, case)
+    except TooLongError:
+        return False
+    return True
 
 
 def act(
@@ -461,6 +479,8 @@ def knowing_doing(
 ) -> list[SkillResult]:
     """Return the knowing-versus-doing benchmark: every family measured on n cases of a world.
 
+    Cases that the model's context is too short for are left out, and counted in `too_long`.
+
     Beside its own figures each result has "words": the AUC of a bag of words on the last user turn, fitted on other
     cases of the train split, without an interval. Near 0.5 nothing but the context tells positives from controls. It is
     left out where a world has fewer than 100 cases to fit.
@@ -479,16 +499,20 @@ def knowing_doing(
 
     Raises:
         SkillError: n is odd, or there is no such skill. WorldError: the world has fewer cases.
-        SvdExpertError: as in `measure`.
+        MeasurementError: no case of a family fits the model's context. SvdExpertError: as in `measure`.
     """
     results = []
     for name in families:
         skill = load(name)
-        cases = skill.cases(world, split, n, seed=seed)
+        drawn = skill.cases(world, split, n, seed=seed)
+        cases = [one for one in drawn if fits(model, one)]
+        if not cases:
+            raise MeasurementError(f"{name}: none of {n} cases fits the model's {context_of(model)} tokens.")
         result = measure(model, name, cases, experts=experts, library=library, batch_size=batch_size, progress=progress)
+        result = replace(result, too_long=len(drawn) - len(cases))
         fitted = _other_cases(skill, world, cases, seed)
         if fitted:
-            words = Estimate(bag_of_words_auc(fitted, cases), math.nan, math.nan, n)
+            words = Estimate(bag_of_words_auc(fitted, cases), math.nan, math.nan, len(cases))
             result = replace(result, figures={**result.figures, "words": words})
         results.append(result)
     return results

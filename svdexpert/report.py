@@ -216,6 +216,8 @@ def knowing_doing_table(results: Sequence[SkillResult]) -> Group:
         if one.errors:
             mistakes = ", ".join(f"{count} {error}" for error, count in one.errors.items())
             notes.append(f"{one.skill} ({one.experts}): {mistakes}")
+        if one.too_long:
+            notes.append(f"{one.skill}: left out, because longer than the model's context: {one.too_long}")
         if one.dropped:
             notes.append(f"{one.skill} ({one.experts}): {one.dropped} turns did not fit the context and were left out")
     return Group(_titled(_measured(results), table), aside, *map(Text, notes))

@@ -56,7 +56,7 @@ from svdexpert.batches import Neutral, Plan, Row, Steps
 from svdexpert.completions import Batch, log_probabilities, logits, sample
 from svdexpert.conversation import Prompt, answers, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
 from svdexpert.errors import SvdExpertError, TooLongError, TrainingError
-from svdexpert.evaluate import KNOWING_TOKENS, act, measure
+from svdexpert.evaluate import KNOWING_TOKENS, act, fits, measure
 from svdexpert.examples import Examples, counts, is_file, of_file, of_skill
 from svdexpert.expert import Expert, flat_scale
 from svdexpert.forward import Contexts
@@ -641,7 +641,7 @@ class Run:
             cases = module.cases(self.world, "train", recipe.cases, seed=recipe.seed)
             many = max(recipe.validation_cases, recipe.score_cases)
             validation = module.cases(self.world, "validation", many, seed=recipe.seed) if many else []
-            validation = [case for case in validation if self._fits(case)]
+            validation = [case for case in validation if fits(self.model, case, recipe.max_new_tokens)]
             if there:
                 examples = Examples.load(cast(Path, kept), name, cases)
             else:
@@ -654,15 +654,6 @@ class Run:
         if self.progress and is_rank_zero():
             print(f"{name}: {counts(examples)}", file=sys.stderr)  # noqa: T201
         return Task(name, skill, module, examples, validation)
-
-    def _fits(self, case: Case) -> bool:
-        """Return whether a case can be acted on and asked about within the model's context."""
-        try:
-            prompt_of(self.model, case.messages, case.tools, [], self.recipe.max_new_tokens)
-            prompt_of(self.model, case.knowing.messages, case.knowing.tools, [], 2 * KNOWING_TOKENS)
-        except TooLongError:
-            return False
-        return True
 
     def _module(self, tasks: Sequence[Task], folder: Path, contexts: Contexts) -> ExpertModule:
         invocation = self.invocation
@@ -744,7 +735,7 @@ class Run:
             return []
         cases = load(expert.skill).cases(self.world, "train", self._few, seed=self.recipe.seed)
         room = self.recipe.max_new_tokens
-        some = [one for one in cases if one.positive and self._fits(one)]
+        some = [one for one in cases if one.positive and fits(self.model, one, room)]
         return [prompt_of(self.model, one.messages, one.tools, [], room) for one in some]
 
     def _question(self, case: Case) -> Prompt | None:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from svdexpert import Expert, MixtureError, SpectralModel, SvdExpertError
+from svdexpert import Expert, MixtureError, SpectralModel, SvdExpertError, worlds
 from svdexpert import statistics as stats
 from svdexpert.conversation import context_of, continuation, fit, opening, render, text_of
 from svdexpert.errors import MeasurementError
@@ -31,6 +31,7 @@ from svdexpert.evaluate import (
     SkillResult,
     act,
     answer_knowing,
+    knowing_doing,
     measure,
     move_log_odds,
     normalised,
@@ -536,6 +537,22 @@ def test_two_cases_from_end_to_end(talker: SpectralModel, tmp_path: Path) -> Non
     draw_knowing_doing([found], tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
     assert [one.name for one in tmp_path.iterdir()] == ["bars.png"]
+
+
+def test_cases_longer_than_the_context_are_left_out_and_counted(
+    talker: SpectralModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"messages": (user("Please ring" + " now" * 600),)}
+    some = [case(0, **long), case(1), case(2), case(3)]
+    name = fake_skill(cases=lambda world, split, n, *, seed=0: some if split == "heldout" else [])
+    (found,) = knowing_doing(talker, worlds.load("town"), families=[name], n=4, progress=False)
+    assert found.too_long == 1
+    assert [row.id for row in found.rows] == ["fake/1", "fake/2", "fake/3"]
+    Console(width=120).print(knowing_doing_table([found]))
+    assert f"{name}: left out, because longer than the model's context: 1" in capsys.readouterr().out
+    name = fake_skill(cases=lambda *_, **__: [case(0, **long)])
+    with pytest.raises(MeasurementError, match=r"none of 2 cases fits the model's 512 tokens"):
+        knowing_doing(talker, worlds.load("town"), families=[name], n=2, progress=False)
 
 
 def test_figures_follow_from_the_rows(talker: SpectralModel, capsys: pytest.CaptureFixture[str]) -> None:
