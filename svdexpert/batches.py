@@ -3,11 +3,12 @@
     own rows       context and completions of the row's own expert at weight 1; in positives every other expert is drawn
                    to 0, to 1 or into (0, 1): mixture dropout. In controls the others are at 0: the reply to learn is
                    the base's own, and another expert may be due there (a request that is complete is a control of
-                   clarify and a positive of call)
-    neutral rows   a positive of another skill, or a context that is nobody's (knowing questions, plain talk); the row's
-                   own expert at weight 1, the context's owner at 0 if it is in training and at 1 if it is frozen,
-                   others drawn; the target is the base, with the frozen experts of the row: what an expert must not
-                   change
+                   clarify and a positive of call); but those with the same move as the row's own are drawn there too,
+                   because it is as wrong from them
+    neutral rows   a positive of a skill with another move, or a context that is nobody's (knowing questions, plain
+                   talk); the row's own expert at weight 1; the context's owner at 0 if it is in training, as those
+                   with its move are, and at 1 if it is frozen; others drawn; the target is the base, with the frozen
+                   experts of the row: what an expert must not change
 
 Resuming, accumulating and running on several processes follow from that: they deal the same rows another way. The own
 rows of an expert do not depend on which others are trained beside it.
@@ -96,6 +97,7 @@ class Plan:
         neutral: share of rows that are neutral.
         seed: of all draws.
         kept: contexts are not computed in a step: what counts there is how long the completions are.
+        moves: what each expert in training makes where it is due, "" where nobody knows.
     """
 
     examples: Sequence[Examples]
@@ -107,6 +109,7 @@ class Plan:
     neutral: float
     seed: int
     kept: bool = False
+    moves: Sequence[str] = ()
 
     @cached_property
     def names(self) -> list[str]:
@@ -139,13 +142,16 @@ class Plan:
         if row >= self.own_rows:
             one = self._neutral(expert, draws)
             if one.owner in self.names:
-                place = self.names.index(one.owner)
-                weights[place] = 0.0 if place < len(self.examples) else 1.0
+                owner = self.names.index(one.owner)
+                if owner < len(self.examples):
+                    weights = [0.0 if place in self._alike[owner] else weight for place, weight in enumerate(weights)]
+                else:
+                    weights[owner] = 1.0
             target = [0.0] * len(self.examples) + weights[len(self.examples) :]
             return Row(expert, weights, target, one.prompt, [one.reply], "", seeds)
         example = self._example(expert, step * self.own_rows + row)
         if example.positive is False:
-            weights = [float(place == expert) for place in range(len(weights))]
+            weights = [weight if place in self._alike[expert] else 0.0 for place, weight in enumerate(weights)]
         completions = []
         if self.completions != "samples":
             completions.append(_pick(example.chosen_ids, draws))
@@ -160,12 +166,22 @@ class Plan:
         return _pick(kinds[int(draws.integers(len(kinds)))], draws)
 
     @cached_property
+    def _alike(self) -> list[set[int]]:
+        """Places of the experts in training that make the same move as each, its own among them."""
+        moves = self.moves or [""] * len(self.examples)
+        return [
+            {place for place, one in enumerate(moves) if place == expert or (one and one == moves[expert])}
+            for expert in range(len(self.examples))
+        ]
+
+    @cached_property
     def _pools(self) -> list[list[list[Neutral]]]:
         pools = []
-        for name in self.names[: len(self.examples)]:
+        for alike in self._alike:
+            same = {self.names[place] for place in alike}
             kinds = [
                 [one for one in self.neutrals if not one.owner],
-                [one for one in self.neutrals if one.owner and one.owner != name],
+                [one for one in self.neutrals if one.owner and one.owner not in same],
             ]
             pools.append([some for some in kinds if some])
         return pools

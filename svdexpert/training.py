@@ -148,6 +148,7 @@ class ExpertModule(lightning.LightningModule):
             recipe.neutral,
             recipe.seed,
             self.contexts.able,
+            ["" if task.skill is None else task.skill.MOVE for task in tasks],
         )
         scale = flat_scale(model.basis.singular_values, recipe.core)
         flat = [one.flat(model.basis) for one in frozen.values()]

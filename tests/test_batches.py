@@ -103,6 +103,31 @@ def test_nobody_else_speaks_in_controls() -> None:
         assert all(others) if positive[row.case] else not any(others)
 
 
+def test_experts_of_one_move_speak_in_one_anothers_controls_and_are_no_neutral_contexts() -> None:
+    names = ("ask", "doubt", "query")
+    neutrals = (*NEUTRALS, Neutral("query", [10], [11, 2]))
+    examples = [some(name) for name in names]
+    of = Plan(examples, neutrals, ("old",), "pair", 8, mixing=1.0, neutral=0.25, seed=0, moves=["ask", "doubt", "ask"])
+    positive = {row.id: row.positive for one in examples for row in one.rows}
+    owner = {tuple(one.prompt): one.owner for one in neutrals}
+    alike = {0: {0, 2}, 1: {1}, 2: {0, 2}}
+    seen = set()
+    for row in (row for step in range(60) for row in of.rows(step)):
+        speak = {place for place, weight in enumerate(row.weights) if weight}
+        if row.case:
+            assert speak == ({0, 1, 2, 3} if positive[row.case] else alike[row.expert])
+        elif whose := owner[tuple(row.prompt)]:
+            owners = alike[names.index(whose)]
+            assert row.expert not in owners
+            assert speak == {0, 1, 2, 3} - owners
+            seen.add((row.expert, whose))
+    assert seen == {(0, "doubt"), (1, "ask"), (1, "query"), (2, "doubt")}
+    without = plan(frozen=("old",))
+    assert [replace(without, moves=["a", "b"]).rows(step) for step in range(9)] == [
+        without.rows(step) for step in range(9)
+    ]
+
+
 def test_parts_and_processes_deal_the_same_rows() -> None:
     def dealt(accumulate: int, processes: int) -> list[Row]:
         found = []
