@@ -4,8 +4,8 @@
 
 PEFT's adapters take the place of ours in the same loop: the same rows, objective, schedule and number of steps, and
 activated as ours are: they act from the reply on, behind contexts that the base has read (aLoRA). The learning rate of
-each is the best of RATES in validation, for clarify with seed 0. IA3 and LoRA of rank 16 are always trained, then ranks
-from 1 up to the first that reaches ours. Every finished run is one row of benchmarks/results/peers.json; rows that are
+each is the best of RATES in validation, for clarify with seed 0. LoRA of rank 1 and 16 and IA3 are always trained, the
+ranks between them up to the first that reaches ours. Every finished run is one row of benchmarks/results/peers.json; rows that are
 there are not run again.
 
     lora_numbers_over_ours   numbers of the smallest LoRA whose doing and controls, means over skills and seeds, reach
@@ -46,7 +46,7 @@ from svdexpert.training import ExpertModule, Run, Task, fit, trainer_of
 OBJECTIVE = "sft"
 RATES = (1e-3, 3e-3, 1e-2)
 SMALLER = tuple(f"lora{rank}" for rank in (1, 2, 4, 8, 16))
-KINDS = ("ia3", "lora16", *SMALLER[:-1])
+KINDS = ("lora1", "lora16", "ia3", *SMALLER[1:-1])
 BARS: dict[str, tuple[str, float]] = {
     "lora_numbers_over_ours": (">=", 10.0),
     "lora_drift_over_ours": (">=", 1.0),
@@ -202,6 +202,16 @@ def reaches(grid: Grid, ours: Mapping[str, float], kind: str) -> bool:
     return bool(rows) and all(mean(rows, key) >= our_mean(ours, key) - 0.01 for key in ("doing", "controls"))
 
 
+def smallest(grid: Grid, ours: Mapping[str, float]) -> str:
+    """Return the smallest LoRA that reaches ours, that of rank 16 where none does, "" while a rank below is missing."""
+    for kind in SMALLER[:-1]:
+        if not trained(grid, kind):
+            return ""
+        if reaches(grid, ours, kind):
+            return kind
+    return SMALLER[-1]
+
+
 def our_mean(ours: Mapping[str, float], key: str) -> float:
     """Return the mean over skills of a figure of our experts."""
     return fmean(ours[f"{key}_{skill}_{OBJECTIVE}"] for skill in FAMILIES)
@@ -219,7 +229,7 @@ def figures(grid: Grid, ours: Mapping[str, float]) -> dict[str, float]:
     for key in ("doing", "controls", "drift"):
         found[f"{key}_ours"] = our_mean(ours, key)
     found["numbers_ours"] = ours["numbers"]
-    rank = next((kind for kind in SMALLER if reaches(grid, ours, kind)), "lora16")
+    rank = smallest(grid, ours)
     if f"numbers_{rank}" in found:
         found["lora_rank"] = int(rank.removeprefix("lora"))
         found["lora_numbers_over_ours"] = found[f"numbers_{rank}"] / ours["numbers"]
@@ -253,14 +263,14 @@ def main(seeds: int = 3, n: int = 500, workers: int = 2) -> None:
         return Job({"kind": kind, "skill": skill, "seed": seed, **run}, adapter, given)
 
     for kind in KINDS:
+        if kind in SMALLER[1:-1] and smallest(grid, ours):
+            break
         grid.all([job(kind, FAMILIES[0], 0, rate, None, {"rate": rate}) for rate in RATES], workers)
         tried = [row for row in grid.find(kind=kind) if "validation" in row]
         rate = max(tried, key=lambda row: row["validation"])["rate"]
         runs = [job(kind, skill, seed, rate, bases[0], {"n": n}) for seed in range(seeds) for skill in FAMILIES]
         grid.all(runs, workers)
         grid.write(figures(grid, ours))
-        if kind in SMALLER[:-1] and reaches(grid, ours, kind):
-            break
     found = figures(grid, ours)
     grid.write(found)
     grid.show(found)
