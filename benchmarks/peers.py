@@ -5,8 +5,8 @@
 PEFT's adapters take the place of ours in the same loop: the same rows, objective, schedule and number of steps, and
 activated as ours are: they act from the reply on, behind contexts that the base has read (aLoRA). The learning rate of
 each is the best of RATES in validation, for clarify with seed 0. LoRA of rank 1 and 16 and IA3 are always trained, the
-ranks between them up to the first that reaches ours. Every finished run is one row of benchmarks/results/peers.json; rows that are
-there are not run again.
+ranks between them up to the first that reaches ours. Every finished run is one row of benchmarks/results/peers.json;
+rows that are there are not run again.
 
     lora_numbers_over_ours   numbers of the smallest LoRA whose doing and controls, means over skills and seeds, reach
                              ours less 0.01, over ours; of rank 16 where none does
