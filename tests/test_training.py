@@ -205,7 +205,9 @@ def test_neutral_rows_ask_for_the_base_where_an_expert_is_not_due() -> None:
     opening = list(invocation_of(model))
     assert {one.owner for one in module.plan.neutrals} >= {""}
     module.plan = replace(
-        module.plan, neutrals=[Neutral("ask", [5, *opening], [7, 2]), Neutral("doubt", opening, [9, 2])]
+        module.plan,
+        neutrals=[Neutral("ask", [5, *opening], [7, 2]), Neutral("doubt", opening, [9, 2])],
+        moves=["ask", "doubt"],  # the fakes make the same one
     )
     rows = [row for row in module.plan.rows(0) if row.target is not None and row.expert == 0]
     assert module.loss(rows).item() == pytest.approx(0.0, abs=1e-6)  # zero offsets are the base
