@@ -636,6 +636,8 @@ def _fitting(model: "SpectralModel", examples: "Sequence[Example]") -> "list[Exa
     from svdexpert import dispatch
 
     found = dispatch.fitting(model, examples)
+    if examples and not found:
+        raise SvdExpertError(f"All {len(examples)} examples are too long: {dispatch.TOO_LONG}")
     if left_out := len(examples) - len(found):
         _show(f"{left_out} of {len(examples)} examples were left out: {dispatch.TOO_LONG}")
     return found

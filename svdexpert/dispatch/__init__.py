@@ -161,16 +161,14 @@ TOO_LONG = "their last turn alone is longer than the model's context."
 
 
 def fitting(model: SpectralModel, examples: Sequence[Example]) -> list[Example]:
-    """Return the examples whose last turn fits the model's context, in their order."""
-
-    def fits(one: Example) -> bool:
+    """Return the examples whose last turn fits the model's context, in their order; empty ones are refused later."""
+    found = []
+    for one in examples:
         with suppress(TooLongError):
-            return not one.context.messages or bool(
+            if one.context.messages:
                 _ids(model, one.context)
-            )  # an empty one is refused where it is read
-        return False
-
-    return [one for one in examples if fits(one)]
+            found.append(one)
+    return found
 
 
 def examples_of(
