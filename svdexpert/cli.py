@@ -459,6 +459,7 @@ def fit_dispatcher(
     """
     from svdexpert import dispatch, evaluate, report, worlds
 
+    dispatch.load(strategy)  # a typing mistake is told before anything is loaded
     library = _experts(experts)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     held: list[Any] = []

@@ -279,7 +279,8 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
 def test_mistakes_with_dispatchers_end_with_a_message(run: Run, base: Path, library: Path, tmp_path: Path) -> None:
     fit = ["dispatch", "fit", library, "--model", base, "--out", tmp_path / "made"]
     assert "None of the experts (ask, doubt) is named after a skill" in run(*fit, fails=True)
-    assert "Did you mean 'router'" in run(*fit, "--skills", "[call]", "--n", 4, "--strategy", "ruoter", fails=True)
+    assert "Did you mean 'router'" in run(*fit, "--strategy", "ruoter", fails=True)
+    assert "examples are too long: their last turn alone" in run(*fit, "--skills", "[call]", "--n", 4, fails=True)
     (tmp_path / "tools.json").write_text("{")
     assert "is no JSON" in run("chat", "--model", base, "--tools", tmp_path / "tools.json", fails=True)
     assert "is no dispatcher" in run("dispatch", "eval", tmp_path / "tools.json", library, "--model", base, fails=True)
