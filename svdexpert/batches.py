@@ -4,7 +4,8 @@
                    to 0, to 1 or into (0, 1): mixture dropout. In controls the others are at 0: the reply to learn is
                    the base's own, and another expert may be due there (a request that is complete is a control of
                    clarify and a positive of call); but those with the same move as the row's own are drawn there too,
-                   because it is as wrong from them
+                   because it is as wrong from them. Experts of one move are drawn as one, at one weight: drawn apart
+                   they hardly ever speak all at once, as they do in their sum
     neutral rows   a positive of a skill with another move, or a context that is nobody's (knowing questions, plain
                    talk); the row's own expert at weight 1; the context's owner at 0 if it is in training, as those
                    with its move are, and at 1 if it is frozen; others drawn; the target is the base, with the frozen
@@ -136,7 +137,7 @@ class Plan:
         some = self.examples[expert]
         key = (self.seed, step, row, zlib.crc32(some.skill.encode()))
         draws, others = (np.random.default_rng([*key, use]) for use in (_EXAMPLE, _WEIGHTS))
-        weights = [self._weight(others) for _ in self.names]
+        weights = self._weights(others)
         weights[expert] = 1.0
         seeds = (*key, _SAMPLES)
         if row >= self.own_rows:
@@ -185,6 +186,13 @@ class Plan:
             ]
             pools.append([some for some in kinds if some])
         return pools
+
+    def _weights(self, draws: np.random.Generator) -> list[float]:
+        """Return the weights of all experts: drawn for each alone, but for those in training that move alike as one."""
+        weights = [self._weight(draws) for _ in self.names]
+        for place, alike in enumerate(self._alike):
+            weights[place] = weights[min(alike)]
+        return weights
 
     def _weight(self, draws: np.random.Generator) -> float:
         """Return the weight of another expert: three draws, always, so that rows agree whatever `mixing` is."""

@@ -264,10 +264,12 @@ def completions(
     tools: Sequence[Tool],
     replies: Sequence[Message],
     end: int,
+    before: list[int] | None = None,
 ) -> list[list[int]]:
-    """Return what `completion` returns, of several replies to one conversation."""
+    """Return what `completion` returns, of several replies to one conversation; `before` is it as ids, if known."""
     how = {"tokenize": True, "return_dict": True}
-    before = list(_templated(tokenizer, messages, tools, add_generation_prompt=True, **how)["input_ids"])
+    if before is None:
+        before = list(_templated(tokenizer, messages, tools, add_generation_prompt=True, **how)["input_ids"])
     found = []
     for reply in replies:
         whole = list(_templated(tokenizer, [*messages, reply], tools, **how)["input_ids"])

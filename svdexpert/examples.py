@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -168,14 +169,10 @@ def of_skill(
 
     fitting: list[tuple[Case, Prompt, dict[str, list[int]]]] = []
     for case in cases:
-        texts = [*case.gold, *(one.reply for one in case.bad if rejected)]
-        ids = completions(tokenizer, case.messages, case.tools, [as_message(one) for one in texts], end)
-        replies = dict(zip(texts, ids, strict=True))
-        try:
-            room = max(max_new_tokens, *map(len, replies.values()))
-            fitting.append((case, prompt_of(model, case.messages, case.tools, [], room), replies))
-        except TooLongError:
-            continue
+        # gold replies to controls are seldom read, and writing a reply costs a pass of the chat template
+        texts = [*(case.gold if case.positive else ()), *(one.reply for one in case.bad if rejected)]
+        with suppress(TooLongError):
+            fitting.append((case, *_written(model, case, texts, max_new_tokens, end)))
     if not fitting:
         raise TrainingError(f"{name}: none of {len(cases)} cases fits the model's {context_of(model)} tokens.")
     prompts = [Prompt(prompt.ids, [], max_new_tokens, prompt.dropped) for _, prompt, _ in fitting]
@@ -194,6 +191,12 @@ def of_skill(
                 chosen = [own]
             elif verdict.score < 0:
                 bad = {own: verdict.error} | bad
+        if missing := [text for text in chosen if text not in replies]:
+            try:
+                prompt, more = _written(model, case, missing, max_new_tokens, end)
+            except TooLongError:
+                continue
+            replies |= more
         rows.append(
             Example(
                 id=case.id,
@@ -209,7 +212,20 @@ def of_skill(
             )
         )
     shortened = sum(prompt.dropped > 0 for _, prompt, _ in fitting)
-    return Examples(name, tuple(rows), {case.id: case for case, _, _ in fitting}, shortened, len(cases) - len(fitting))
+    return Examples(name, tuple(rows), {case.id: case for case, _, _ in fitting}, shortened, len(cases) - len(rows))
+
+
+def _written(
+    model: SpectralModel, case: Case, texts: Sequence[str], room: int, end: int
+) -> tuple[Prompt, dict[str, list[int]]]:
+    """Return a case as a prompt that leaves room for all, and replies to it as ids; `room` is that of other replies."""
+    prompt = prompt_of(model, case.messages, case.tools, [], room)
+    before = None if prompt.dropped else prompt.ids
+    said = [as_message(one) for one in texts]
+    ids = completions(tokenizer_of(model), case.messages, case.tools, said, end, before)
+    if (longest := max(map(len, ids), default=0)) > room:
+        prompt = prompt_of(model, case.messages, case.tools, [], longest)
+    return prompt, dict(zip(texts, ids, strict=True))
 
 
 # --- of a file
