@@ -100,7 +100,7 @@ def run(
                 turn = conversation.say(line, streamer=cast(Any, _Printer(tokenizer_of(conversation.model), console)))
                 _say(console, f"[{spoken(turn.decision)}; read {turn.read} tokens, {turn.kept} were known]")
                 if history is not None:
-                    conversation.save(history)
+                    _save(conversation, history)
         except SvdExpertError as error:
             _say(console, str(error))
 
@@ -112,7 +112,7 @@ def _command(conversation: Conversation, auto: Any, console: Console, words: lis
         "/auto": lambda: _automatic(conversation, auto),
         "/why": lambda: _why(conversation, console),
         "/base": lambda: _beside(conversation, console),
-        "/save": lambda: _save(conversation, rest),
+        "/save": lambda: _save(conversation, _named(rest)),
         "/help": lambda: _say(console, COMMANDS),
     }
     if verb not in commands:
@@ -142,13 +142,17 @@ def _beside(conversation: Conversation, console: Console) -> None:
     console.print(table)
 
 
-def _save(conversation: Conversation, rest: list[str]) -> None:
+def _named(rest: list[str]) -> Path:
     if len(rest) != 1:
         raise DispatchError("Say where: /save FILE.")
+    return Path(rest[0])
+
+
+def _save(conversation: Conversation, path: Path) -> None:
     try:
-        conversation.save(Path(rest[0]))
+        conversation.save(path)
     except OSError as error:
-        raise DispatchError(f"{rest[0]} cannot be written ({error}).") from error
+        raise DispatchError(f"{path} cannot be written ({error}).") from error
 
 
 def _typed(console: Console) -> Iterator[str]:

@@ -415,8 +415,12 @@ def train_experts(
     if not training.is_rank_zero():
         return
     for place, expert in experts.items():
-        scores = {key: one for key, one in expert.scores.items() if isinstance(one, list)}
-        found = ", ".join(f"{key} {value:.2f} [{low:.2f}, {high:.2f}]" for key, (value, low, high) in scores.items())
+        scores = {
+            key: ["?" if end is None else f"{end:.2f}" for end in one]  # no interval without several clusters
+            for key, one in expert.scores.items()
+            if isinstance(one, list)
+        }
+        found = ", ".join(f"{key} {value} [{low}, {high}]" for key, (value, low, high) in scores.items())
         _show(f"{place}: {found or 'not scored'}; {folder / 'experts' / place}")
     _show(f"learning curve in {folder / 'curve.png'}")
 
@@ -580,7 +584,8 @@ def talk(
         known = json.loads(_text(tools)) if tools is not None else []
     except ValueError as error:
         raise SvdExpertError(f"{tools} is no JSON ({error}): expected a list of functions.") from error
-    for one in known if isinstance(known, list) else [known]:
+    known = known if isinstance(known, list) else [known]
+    for one in known:
         check_tool(one)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     if made is not None:

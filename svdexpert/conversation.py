@@ -7,10 +7,8 @@ generation config do not apply. Older turns of a conversation that is too long a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import takewhile
 from typing import Any, cast
 
@@ -23,28 +21,12 @@ from svdexpert.errors import MixtureError, SvdExpertError, TooLongError
 from svdexpert.forward import Contexts, Forward, left_padded
 from svdexpert.layers import active_in
 from svdexpert.model import SpectralModel
-from svdexpert.reply import CLOSE, OPEN, Call, read, write_call
-from svdexpert.worlds import Message, Tool, assistant, calling, result, tool, user
+from svdexpert.reply import CLOSE, OPEN, read, write_call
+from svdexpert.template import calls_of, render, templated
+from svdexpert.worlds import Message, Tool, assistant, calling, user
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass; what 32 rows of 250 tokens need at once no longer fits a CPU's cache."""
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
-    """Return the prompt's token ids, up to where the assistant speaks; templates that can think are told not to.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: the conversation.
-        tools: JSON schemas.
-
-    Raises:
-        SvdExpertError: there is no chat template, or it refuses the conversation.
-
-    For templates that know no functions see `spelled_out`.
-    """
-    encoded = _templated(tokenizer, messages, tools, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 def fit(
@@ -104,76 +86,6 @@ def _fitted(
     )
 
 
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool], **how: Any
-) -> Any:
-    if tokenizer.chat_template is None:
-        raise SvdExpertError(
-            "The tokenizer has no chat template, so conversations cannot be written. Pass one: set "
-            "model.tokenizer.chat_template to the Jinja text that the model was trained with (on the hub it is "
-            "chat_template.jinja, or a field of tokenizer_config.json)."
-        )
-    uses_functions = tools or any(one["role"] == "tool" or one.get("tool_calls") for one in messages)
-    if uses_functions and not _knows_functions(tokenizer, str(tokenizer.chat_template)):
-        messages, tools = spelled_out(messages, tools), ()
-    try:
-        return tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, enable_thinking=False, **how)
-    except Exception as error:  # a template is a program of somebody's
-        roles = ", ".join(str(one["role"]) for one in messages)
-        raise SvdExpertError(
-            f"The chat template refuses a conversation of the roles {roles}: {type(error).__name__}: {error}"
-        ) from error
-
-
-@lru_cache(maxsize=8)
-def _knows_functions(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Return whether a template writes functions, calls and results; many leave them out without a word."""
-    talk = [user("Hi"), calling(Call("zebra_call", {})), result("zebra_call", {"zebra": "found"}), user("Well?")]
-    listed = tool("zebra_tool", {"stripes": "string"}, required=[])
-    try:
-        with_calls = tokenizer.apply_chat_template(talk, tokenize=False)
-        with_tools = tokenizer.apply_chat_template([user("Hi")], tools=[listed], tokenize=False)
-    except Exception:
-        return False
-    return all(word in str(with_calls) for word in ("zebra_call", "found")) and "zebra_tool" in str(with_tools)
-
-
-def spelled_out(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Message, ...]:
-    """Return a conversation for a template that knows no functions: all of them as text.
-
-    The functions stand before the user's first message, as JSON schemas, with the form of a call; calls are written in
-    that form; what a function returned is a message of the user's.
-
-    Args:
-        messages: the conversation.
-        tools: JSON schemas.
-    """
-    listed = "\n".join(json.dumps(one["function"], ensure_ascii=False) for one in tools)
-    form = write_call(Call("name", {"parameter": "value"}))
-    ahead = f"You can call these functions:\n{listed}\nTo call one, reply with nothing but {form}\n\n" if tools else ""
-    found: list[Message] = []
-    for one in messages:
-        text = str(one.get("content") or "")
-        role = "user" if one["role"] == "tool" else one["role"]
-        text = f"Result: {text}" if one["role"] == "tool" else "".join([text, *map(write_call, calls_of(one))])
-        if role == "user":
-            text, ahead = ahead + text, ""
-        if found and found[-1]["role"] == role:
-            text = f"{found.pop()['content']}\n{text}"
-        found.append({"role": role, "content": text})
-    return tuple(found)
-
-
-def calls_of(message: Message) -> list[Call]:
-    """Return the calls that a message makes; arguments may stand as JSON in a string, as on the wire."""
-    found = []
-    for one in message.get("tool_calls") or ():
-        made = one.get("function", one)
-        arguments = made["arguments"]
-        found.append(Call(made["name"], json.loads(arguments) if isinstance(arguments, str) else arguments))
-    return found
-
-
 def tokenizer_of(model: SpectralModel) -> PreTrainedTokenizerBase:
     """Return a model's tokenizer, SvdExpertError where it has none."""
     if model.tokenizer is None:
@@ -218,7 +130,7 @@ def turn_ends(model: SpectralModel) -> tuple[int, set[int]]:
         known.append(tokenizer.eos_token_id)
     if tokenizer.chat_template is None and known:
         return known[-1], set(known)
-    text = _templated(tokenizer, [user("Hi"), assistant("Zebra")], (), tokenize=False)
+    text = templated(tokenizer, [user("Hi"), assistant("Zebra")], (), tokenize=False)
     after: list[int] = tokenizer(text.rpartition("Zebra")[2], add_special_tokens=False)["input_ids"]
     special = {*known, *tokenizer.all_special_ids}
     end = next((one for one in after if one in special), None)
@@ -269,10 +181,10 @@ def completions(
     """Return what `completion` returns, of several replies to one conversation; `before` is it as ids, if known."""
     how = {"tokenize": True, "return_dict": True}
     if before is None:
-        before = list(_templated(tokenizer, messages, tools, add_generation_prompt=True, **how)["input_ids"])
+        before = list(templated(tokenizer, messages, tools, add_generation_prompt=True, **how)["input_ids"])
     found = []
     for reply in replies:
-        whole = list(_templated(tokenizer, [*messages, reply], tools, **how)["input_ids"])
+        whole = list(templated(tokenizer, [*messages, reply], tools, **how)["input_ids"])
         behind = whole[len(before) :]
         if whole[: len(before)] == before and end in behind:
             found.append(behind[: behind.index(end) + 1])

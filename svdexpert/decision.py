@@ -44,7 +44,7 @@ class Decision:
         confidence: in [0, 1]: how sure the dispatcher is of this set of experts; 1 where it was told.
         because: what it was based on, in words.
         scores: by expert, in [0, 1]: how well each fits, where the strategy knows.
-        alone: by expert: its weight where it speaks alone, where the strategy knows one other than its weight here.
+        alone: by expert: its weight where it speaks alone, where the strategy knows it.
     """
 
     weights: Mapping[str, float]

@@ -92,11 +92,19 @@ class Sticky(Around):
 
     def _kept(self, one: Decision, before: Decision) -> Decision:
         near = {name for name, score in one.scores.items() if abs(score - 0.5) < self.margin}
-        weights = {name: weight for name, weight in one.weights.items() if name not in near}
-        weights |= {name: before.weights[name] for name in near if before.weights.get(name)}
-        if weights == one.weights:
+        spoken = {name for name, weight in one.weights.items() if weight}
+        kept = (spoken - near) | {name for name in near if before.weights.get(name)}
+        if kept == spoken:
             return one
-        return replace(one, weights=weights, because=f"{one.because}; as in the turn before: {', '.join(sorted(near))}")
+        because = f"{one.because}; as in the turn before: {', '.join(sorted(near))}"
+        return replace(one, weights=self._weights(kept, one, before), because=because)
+
+    def _weights(self, names: set[str], one: Decision, before: Decision) -> dict[str, float]:
+        """Return how loudly these speak: as the inner one lets them, which may depend on how many they are."""
+        of_set = getattr(self.inner, "weights_of", None)
+        if of_set is not None:
+            return dict(of_set(sorted(names)))
+        return {name: one.weights.get(name) or before.weights[name] for name in sorted(names)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +332,7 @@ class Conversation:
             unchanged = not activated and speaks is not None and dict(speaks) == dict(self._spoke)
             same = same if unchanged else min(same, self._exact)
         if activated and self.library:  # who speaks must see where the reply begins
-            same = min(same, len(prompt) - len(invocation_of(self.model)))
+            same = min(same, self._opening(prompt))
         cache = self._cache
         if cache is None or not same or not all(type(one) is DynamicLayer for one in cache.layers):
             return DynamicCache(config=self.model.hf.config), 0
@@ -338,11 +346,17 @@ class Conversation:
         held = output.sequences[0].tolist()[: self._cache.get_seq_length() if self._cache is not None else 0]
         untouched = decision.abstained or not self.library
         if activated and self.library:
-            exact = len(held) if untouched else len(prompt) - len(invocation_of(self.model))
-        else:
-            exact = len(held) if untouched and not any(self._spoke.values()) else 0
+            exact = len(held) if untouched else self._opening(prompt)
+        else:  # experts that act on all tokens make something else of what the base has read
+            exact = 0 if self.library else len(held)
         self._held, self._exact = held, exact
         self._spoke = {name: weight for name, weight in decision.weights.items() if weight}
+
+    def _opening(self, prompt: list[int]) -> int:
+        """Return where the reply is opened: the last place of the invocation, behind which a template may add more."""
+        opens = list(invocation_of(self.model))
+        places = range(len(prompt) - len(opens), -1, -1)
+        return next((place for place in places if prompt[place : place + len(opens)] == opens), 0)
 
 
 def next_token_divergence(refilled: Tensor, reused: Tensor) -> Tensor:

@@ -511,7 +511,7 @@ def knowing_doing(
         result = measure(model, name, cases, experts=experts, library=library, batch_size=batch_size, progress=progress)
         result = replace(result, too_long=len(drawn) - len(cases))
         fitted = _other_cases(skill, world, cases, seed)
-        if fitted:
+        if fitted and {case.positive for case in cases} == {True, False}:
             words = Estimate(bag_of_words_auc(fitted, cases), math.nan, math.nan, len(cases))
             result = replace(result, figures={**result.figures, "words": words})
         results.append(result)

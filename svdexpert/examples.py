@@ -11,7 +11,6 @@ The examples of a run are a `datasets.Dataset`, kept as Parquet beside it, so th
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -41,7 +40,7 @@ from svdexpert.forward import Contexts
 from svdexpert.model import SpectralModel
 from svdexpert.objectives import Completions, load, names
 from svdexpert.skills import Case, Skill, check_tool
-from svdexpert.storage import whole_file
+from svdexpert.storage import json_rows, whole_file
 from svdexpert.worlds import Message, Tool
 
 
@@ -283,15 +282,16 @@ def _read(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             table = Dataset(read_table(path))
         except ArrowException as error:
             raise TrainingError(f"{path} cannot be read as Parquet: {error}") from error
-        yield from enumerate(table, 1)
+        yield from enumerate(map(_without_nulls, table), 1)
         return
-    with path.open("rb") as lines:
-        for place, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield place, json.loads(line.decode("utf-8"))
-                except ValueError as error:  # what is no UTF-8 is one too
-                    raise TrainingError(f"{path.name}:{place}: no JSON in UTF-8 ({error}).") from error
+    yield from json_rows(path, TrainingError)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value of a Parquet file without keys that hold nothing: its columns give every row the keys of all."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _example(model: SpectralModel, where: str, row: Any) -> tuple[Example, int]:

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.hub import cached_file
 
 from svdexpert.basis import Basis, Rank, Support, decoder_layers, decompose, fingerprint, weight_of
@@ -56,6 +57,7 @@ from svdexpert.layers import (
 )
 from svdexpert.mixture import Bank, Blend, Mixture, weights_of
 from svdexpert.prefill import again
+from svdexpert.template import render
 
 Experts = Mixture | Blend | Sequence[Blend] | Tensor
 """A mixture, or what `SpectralModel.mixture` makes one of."""
@@ -745,13 +747,7 @@ class SpectralModel:
         tokenizer = self._tokenizer()
         if tokenizer.chat_template is None:
             raise SvdExpertError("The tokenizer has no chat template: pass texts, or set tokenizer.chat_template.")
-        encoded = []
-        for chat in batch:
-            ids = tokenizer.apply_chat_template(
-                chat, tools=cast(Any, tools), add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            encoded.append(cast(Any, ids)["input_ids"][0])
-        return encoded
+        return [torch.tensor(render(tokenizer, chat, _schemas(tools))) for chat in batch]
 
     def _token_ids(self, text: str, add_special_tokens: bool = True) -> Tensor:
         ids = self._tokenizer()(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -790,12 +786,17 @@ def _laid_out(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return inputs if plain else (x.clone(memory_format=torch.contiguous_format),)
 
 
+def _schemas(tools: Sequence[Any] | None) -> tuple[Any, ...]:
+    """Return functions as JSON schemas."""
+    return tuple(get_json_schema(one) if callable(one) else one for one in tools or ())
+
+
 def _contexts(prompts: Prompts, tools: Sequence[Any] | None) -> list[Context] | None:
     """Return prompts as conversations; None where they are texts or token ids."""
     if isinstance(prompts, Tensor | str) or isinstance(prompts[0], str):
         return None
     chats = [prompts] if isinstance(prompts[0], Mapping) else prompts
-    return [Context(tuple(cast(Any, chat)), tuple(tools or ())) for chat in chats]
+    return [Context(tuple(cast(Any, chat)), _schemas(tools)) for chat in chats]
 
 
 def _one_prefill(config: GenerationConfig, rest: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ exception or a kill leaves the old one intact, and two processes that write the 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -14,6 +15,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+
+def json_rows(path: Path, raised: type[Exception]) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a JSONL file with their line, from 1; empty lines are left out.
+
+    Args:
+        path: of the file.
+        raised: the error for a line that is no JSON in UTF-8; it names file and line.
+    """
+    with path.open("rb") as lines:  # text would also be cut at separators that stand inside strings
+        for place, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield place, json.loads(line.decode("utf-8"))
+                except ValueError as error:  # what is no UTF-8 is one too
+                    raise raised(f"{path.name}:{place}: no JSON in UTF-8 ({error}).") from error
 
 
 @contextmanager

@@ -54,7 +54,16 @@ from torch.utils.data import DataLoader
 from svdexpert import objectives
 from svdexpert.batches import Neutral, Plan, Row, Steps
 from svdexpert.completions import Batch, log_probabilities, logits, sample
-from svdexpert.conversation import Prompt, answers, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
+from svdexpert.conversation import (
+    Prompt,
+    answers,
+    context_of,
+    invocation_of,
+    prompt_of,
+    text_of,
+    tokenizer_of,
+    turn_ends,
+)
 from svdexpert.errors import SvdExpertError, TooLongError, TrainingError
 from svdexpert.evaluate import KNOWING_TOKENS, act, fits, measure
 from svdexpert.examples import Examples, counts, is_file, of_file, of_skill
@@ -95,6 +104,8 @@ class Task:
 
 
 CHECKPOINT = "checkpoints/last.ckpt"
+STATE = ("same_rewards", "all_right", "best", "waited", "ended")
+"""What a checkpoint holds of a module beside offsets and optimiser."""
 SAME_REWARDS = 20
 """Steps in a row in which all samples of every context are worth the same, after which a run stops."""
 
@@ -155,7 +166,8 @@ class ExpertModule(lightning.LightningModule):
         self.offsets = nn.Parameter(torch.zeros(len(tasks), len(scale)))
         self.register_buffer("frozen", torch.stack(flat) if flat else torch.zeros(0, len(scale)), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        self.same_rewards = 0
+        self.same_rewards, self.all_right = 0, True
+        self.latest_samples: list[tuple[float, str]] = []
         self.best: tuple[float, Tensor] | None = None
         self.waited = 0
         self.ended = False
@@ -238,7 +250,7 @@ class ExpertModule(lightning.LightningModule):
         self.save()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["svdexpert"] = {name: getattr(self, name) for name in ("same_rewards", "best", "waited", "ended")}
+        checkpoint["svdexpert"] = {name: getattr(self, name) for name in STATE}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, value in checkpoint["svdexpert"].items():
@@ -349,13 +361,15 @@ class ExpertModule(lightning.LightningModule):
         if self._trainer is not None and self.trainer.world_size > 1:
             same, right = (self.trainer.strategy.reduce_boolean_decision(one) for one in (same, right))
         self.same_rewards = self.same_rewards + 1 if same else 0
+        self.all_right = right and (self.same_rewards < 2 or self.all_right)
+        if len(rewards):
+            self.latest_samples = list(zip(rewards[-1].tolist(), replies, strict=True))
         if self.same_rewards < SAME_REWARDS * self.recipe.accumulate:
             return
-        if right:
+        if self.all_right:
             self.trainer.should_stop = True
             return
-        worth = rewards[-1:].flatten().tolist()
-        shown = "\n".join(f"  {one:+.1f}  {reply!r}" for one, reply in zip(worth, replies, strict=True))
+        shown = "\n".join(f"  {one:+.1f}  {reply!r}" for one, reply in self.latest_samples)
         raise TrainingError(
             f"For {SAME_REWARDS} steps all samples of every context were worth the same: there is nothing to learn "
             f"from. Train with sft or dpo first, or draw more samples. The last ones:\n{shown}"
@@ -579,21 +593,23 @@ class Run:
         trained = self._trained(asked)
         if trained is not None:
             tasks = self.tasks()
-        else:
-            with TemporaryDirectory() as scratch:
-                folder = self.out or Path(scratch)
-                trainer = trainer_of(folder, self.recipe, settings, self.progress)
-                with placed(self.model, trainer):
+        with TemporaryDirectory() as scratch:
+            folder = self.out or Path(scratch)
+            trainer = trainer_of(folder, self.recipe, settings, self.progress)
+            with placed(self.model, trainer):
+                if trained is None:
                     contexts = Contexts(self.model, self.invocation, self.recipe.contexts)
                     tasks = self.tasks(contexts)
                     module = self._module(tasks, folder, contexts)
                     fit(module, trainer, folder)
-                if self.out is not None and is_rank_zero():
-                    draw_learning_curve(metrics(folder), folder / "curve.png")
-            card = {"objective": self.objective, "config": asked, "seed": self.recipe.seed}
-            trained = {task.name: module.expert(place, skill=task.name, **card) for place, task in enumerate(tasks)}
-            self._keep(trained)
-        scored = {task.name: self._scored(trained[task.name], task) for task in tasks}
+                    if self.out is not None and is_rank_zero():
+                        draw_learning_curve(metrics(folder), folder / "curve.png")
+                    card = {"objective": self.objective, "config": asked, "seed": self.recipe.seed}
+                    trained = {
+                        task.name: module.expert(place, skill=task.name, **card) for place, task in enumerate(tasks)
+                    }
+                    self._keep(trained)
+                scored = {task.name: self._scored(trained[task.name], task) for task in tasks}
         self._keep(scored)
         return scored
 
@@ -696,9 +712,14 @@ class Run:
             if one.own_ids and one.positive is not False
         ]
         room, asked = self.recipe.max_new_tokens, []
+        context = context_of(self.model)
         for task in tasks:
-            if not task.examples.cases:
-                asked += [(task.name, Prompt(one.prompt, [], room)) for one in task.examples.rows]
+            if not task.examples.cases and len(tasks) > 1:  # alone, it has no neutral rows: all contexts are its own
+                asked += [
+                    (task.name, Prompt(one.prompt, [], room))
+                    for one in task.examples.rows
+                    if context is None or len(one.prompt) + room <= context
+                ]
             some = list(task.examples.cases.values())[: self._few]
             asked += [("", one) for case in some if (one := self._question(case))]
         if any(task.examples.cases for task in tasks):
@@ -797,7 +818,7 @@ class _WholeCheckpoints(TorchCheckpointIO):
 def trainer_of(folder: Path, recipe: Recipe, settings: dict[str, Any], progress: bool) -> lightning.Trainer:
     """Return Lightning's trainer for a run, with the user's own settings, loggers and callbacks."""
     last = folder / CHECKPOINT
-    began = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
+    began = torch.load(last, map_location="cpu", weights_only=True)["global_step"] if last.is_file() else 0
     loggers: list[Logger] = [CSVLogger(folder, "metrics", f"from_{began}")]
     if importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(folder, "tensorboard", ""))
@@ -833,7 +854,7 @@ def _listed(some: Any) -> list[Any]:
 def fit(module: ExpertModule, trainer: lightning.Trainer, folder: Path) -> None:
     """Run Lightning's loop on a module, from the folder's last checkpoint if there is one."""
     last = folder / CHECKPOINT
-    kept = torch.load(last, weights_only=True) if last.is_file() else None
+    kept = torch.load(last, map_location="cpu", weights_only=True) if last.is_file() else None
     if kept is not None and kept["svdexpert"]["ended"]:
         module.load_state_dict(kept["state_dict"])
         return

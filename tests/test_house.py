@@ -33,6 +33,7 @@ ORDER = [
     "mixture",
     "decision",
     "prefill",
+    "template",
     "model",
     "export",
     "statistics",

@@ -31,15 +31,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdexpert.conversation import (
+    Prompt,
     answers,
-    context_of,
     continuation,
     prompt_of,
     tokenizer_of,
     turn_ends,
     watch,
 )
-from svdexpert.conversation import fit as fit_to
 from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
 from svdexpert.errors import DispatchError, TooLongError, did_you_mean
 from svdexpert.expert import Expert
@@ -49,7 +48,7 @@ from svdexpert.model import SpectralModel
 from svdexpert.registry import member, members, stem
 from svdexpert.skills import Case, Skill, check_tool
 from svdexpert.skills import load as load_skill
-from svdexpert.storage import whole_file
+from svdexpert.storage import json_rows, whole_file
 from svdexpert.worlds import Dialogue, Message, Split, World, user
 
 __all__ = ["Asked", "Context", "Decision", "Dispatcher", "Example", "decide", "examples_of", "fit", "load", "open_file"]
@@ -233,16 +232,10 @@ def read_examples(path: str | Path) -> list[Example]:
 def _read(path: Path) -> Iterator[Example]:
     form = 'expected {"messages": [...], "experts": ["name", ...], "tools": [...]}'
     empty = True
-    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DispatchError(f"{path.name}:{place}: no JSON ({error}).") from error
+    for place, row in json_rows(path, DispatchError):
         messages = row.get("messages") if isinstance(row, dict) else None
         if not messages or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
-            raise DispatchError(f"{path.name}:{place}: found {line[:80]!r}, {form}.")
+            raise DispatchError(f"{path.name}:{place}: found {str(row)[:80]!r}, {form}.")
         wanted = row.get("experts")
         if not isinstance(wanted, list) or not all(isinstance(one, str) for one in wanted):
             raise DispatchError(f"{path.name}:{place}: experts is {wanted!r}, {form}.")
@@ -275,14 +268,18 @@ def meanings(library: Mapping[str, Expert], labels: Mapping[str, str] | None) ->
     return {name: (labels or {}).get(name) or f"an answer of the kind {name}" for name in library}
 
 
-def question(context: Context, labels: Mapping[str, str]) -> Message:
-    """Return the message that asks which label fits a conversation, which it holds as text.
+def quoted(context: Context) -> str:
+    """Return a conversation as text."""
+    return "\n".join(f"{one['role']}: {one.get('content') or one.get('tool_calls') or ''}" for one in context.messages)
+
+
+def question(said: str, labels: Mapping[str, str]) -> Message:
+    """Return the message that asks which label fits a conversation.
 
     Args:
-        context: the conversation.
+        said: the conversation as text.
         labels: what each means, by label.
     """
-    said = "\n".join(f"{one['role']}: {one.get('content') or one.get('tool_calls') or ''}" for one in context.messages)
     kinds = "\n".join(f"{label}: {meaning}" for label, meaning in labels.items())
     return user(f"{said}\n\nWhat does this conversation need next? Answer with one word.\n{kinds}")
 
@@ -298,20 +295,27 @@ def label_scores(
 
     Args:
         model: with a tokenizer that has a chat template.
-        contexts: conversations; what does not fit the model loses its oldest turns.
+        contexts: conversations; what does not fit the model with the question loses its beginning.
         labels: what each means, by label; they are the answers.
         batch_size: rows of a forward pass.
     """
-    tokenizer = tokenizer_of(model)
-    options = [continuation(tokenizer, label) for label in labels]
-    prompts = []
-    for one in contexts:
-        messages, _ = fit_to(tokenizer, one.messages, one.tools, 0, context=context_of(model))
-        kept = Context(tuple(messages), one.tools)
-        prompts.append(prompt_of(model, [question(kept, labels)], list(one.tools), options, 0))
-    _, ends = turn_ends(model)
+    tokenizer, (end, ends) = tokenizer_of(model), turn_ends(model)
+    options = [[*continuation(tokenizer, label), end] for label in labels]  # one label may begin like another
+    prompts = [_about(model, one, labels, options) for one in contexts]
     found = answers(model, prompts, ends, "labelling", batch_size=batch_size, progress=False)
     return torch.tensor([[sum(tokens) for tokens in answer.scores] for answer in found])
+
+
+def _about(model: SpectralModel, context: Context, labels: Mapping[str, str], options: list[list[int]]) -> Prompt:
+    """Return the question about a conversation; of one that is too long, about as much of its end as fits."""
+    said = quoted(context)
+    while True:
+        try:
+            return prompt_of(model, [question(said, labels)], list(context.tools), options, 0)
+        except TooLongError:
+            if not said:
+                raise
+            said = said[max(1, len(said) // 8) :]
 
 
 @dataclass(frozen=True, eq=False)

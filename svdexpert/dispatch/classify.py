@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from svdexpert.decision import Asked, Decision
-from svdexpert.dispatch import NOBODY, Example, Labelling, labelled, meanings, question, stamp
-from svdexpert.expert import Expert
+from svdexpert.dispatch import NOBODY, Example, Labelling, labelled, meanings, question, quoted, stamp
+from svdexpert.expert import Core, Expert
 from svdexpert.mixture import Mixture
 from svdexpert.model import SpectralModel
 from svdexpert.recipe import Recipe
@@ -31,25 +31,30 @@ class Classify(Labelling):
     Attributes:
         offsets: of the classification expert, on the basis of that base (n).
         invocation: tokens from which it acts.
+        core, reach: as in its recipe.
     """
 
     offsets: Tensor = field(repr=False)
     invocation: tuple[int, ...]
+    core: Core = "diag"
+    reach: int = 0
     strategy: ClassVar[str] = "classify"
 
     def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
         """Return a decision for every row: the likeliest label."""
-        with model.using(Mixture(self.offsets, basis=model.basis, invocation=self.invocation)):
+        with model.using(Mixture(self.offsets, self.core, model.basis, self.invocation, self.reach)):
             return labelled(self.experts, self.scores(model, asked), "asked a classification expert")
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file holds."""
-        return self.card() | {"invocation": list(self.invocation)}, {"offsets": self.offsets}
+        how = {"invocation": list(self.invocation), "core": self.core, "reach": self.reach}
+        return self.card() | how, {"offsets": self.offsets}
 
 
 def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classify:
     """Return what was stored."""
-    return Classify(card["labels"], card["nobody"], card["made_for"], tensors["offsets"], tuple(card["invocation"]))
+    how = (tuple(card["invocation"]), card.get("core", "diag"), int(card.get("reach", 0)))
+    return Classify(card["labels"], card["nobody"], card["made_for"], tensors["offsets"], *how)
 
 
 def fit(
@@ -82,7 +87,7 @@ def fit(
     given = meanings(library, labels)
     rows = [
         {
-            "prompt": [question(one.context, {**given, NOBODY: nobody})],
+            "prompt": [question(quoted(one.context), {**given, NOBODY: nobody})],
             "completion": [{"role": "assistant", "content": name}],
             "tools": list(one.context.tools),
         }
@@ -95,4 +100,5 @@ def fit(
         recipe = recipe or Recipe(steps=200, learning_rate=0.03, accumulate=2)
         expert = train(model, str(file), "sft", recipe=recipe, progress=progress)
     offsets = expert.flat(model.basis)
-    return Classify(given, nobody, stamp(model, tuple(library), library), offsets, expert.invocation)
+    how = (expert.invocation, expert.core, expert.reach)
+    return Classify(given, nobody, stamp(model, tuple(library), library), offsets, *how)

@@ -100,8 +100,12 @@ def fit(
     rate: float = 0.1,
     seed: int = 0,
 ) -> FewShot:
-    """Return the weights, one an expert, under which the examples' replies are likeliest; see `search`."""
-    found = search(model, library, examples, method=method, evaluations=evaluations, rate=rate, seed=seed)
+    """Return the weights, one an expert, under which the examples' replies are likeliest; see `search`.
+
+    Examples without a reply are not looked at.
+    """
+    shots = [one for one in examples if one.reply]
+    found = search(model, library, shots, method=method, evaluations=evaluations, rate=rate, seed=seed)
     weights = dict(zip(library, found.weights.tolist(), strict=True))
     return FewShot(weights, found.losses[-1], len(found.losses))
 
@@ -137,7 +141,8 @@ def search(
     present((), library)
     if not shots or not all(one.reply for one in shots):
         raise DispatchError(
-            "Few-shot search needs examples with a reply each: none is empty, and there is at least one."
+            f"Few-shot search needs examples with a reply: {sum(bool(one.reply) for one in shots)} of {len(shots)} "
+            "have one. Give `reply` in each."
         )
     if method not in ("gradient", "cross-entropy"):
         raise DispatchError(f"method is {method!r}; there are: gradient, cross-entropy.")

@@ -1,8 +1,8 @@
 """Router: what the base has in mind at the end of the prompt says who should speak.
 
     p_e = sigmoid(w_e . state + b_e)       state: the last token, as it enters the last layer and the output head (d)
-    expert e speaks where p_e >= 1/2, at weight max(1, strength_e / how many speak); nobody does where the set is less
-    sure than `abstain_below`
+    expert e speaks where p_e >= 1/2, at weight max(1, strength_e / how many speak), never above strength_e; nobody
+    does where the set is less sure than `abstain_below`
 
 One logistic regression an expert, on states of the base that the prompt's own forward pass has made anyway. Skills
 show late: in harbor hardly at all in the layer where experts begin, almost fully in the last two. Activated experts
@@ -59,7 +59,7 @@ class Router:
         bias: (e).
         abstain_below: confidence under which nobody speaks, in [0, 1].
         made_for: the base and the experts, by digest.
-        strengths: weight of each expert where it speaks alone, at least 1.
+        strengths: weight of each expert where it speaks alone, at least 1/2.
         scores: of the validation examples: accuracy, calibration error (JSON values).
     """
 
@@ -93,10 +93,14 @@ class Router:
         for one in scores.values():
             sure *= max(one, 1 - one)
         speak = [name for name, one in scores.items() if one >= 0.5 and sure >= self.abstain_below]
-        chosen = {name: max(1.0, self.strengths.get(name, 1.0) / len(speak)) for name in speak}
         because = ", ".join(f"{name} {one:.2f}" for name, one in scores.items())
-        alone = {name: self.strengths.get(name, 1.0) for name in speak} if len(speak) > 1 else {}
-        return Decision(chosen, sure, f"read from the prompt's last state: {because}", scores, alone)
+        alone = {name: self.strengths.get(name, 1.0) for name in scores}
+        return Decision(self.weights_of(speak), sure, f"read from the prompt's last state: {because}", scores, alone)
+
+    def weights_of(self, names: Sequence[str]) -> dict[str, float]:
+        """Return how loudly experts speak where they are all that do."""
+        strengths = {name: self.strengths.get(name, 1.0) for name in names}
+        return {name: min(strength, max(1.0, strength / len(names))) for name, strength in strengths.items()}
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file holds."""
@@ -140,22 +144,27 @@ def fit(
         validation: as many kinds; penalty, temperature and threshold are chosen on it.
         pairs: guessed examples of two experts, as a multiple of those that want either of them; 0 for none.
         together: pairs of experts that may both be due; None is all that do not exclude one another.
-        strength: weight of an expert that speaks alone, at least 1; None chooses it for each on the validation examples
+        strength: weight of an expert that speaks alone, at least 1/2; None chooses it for each on the validation examples
             that have a reply.
         seed: of their draw.
         batch_size: rows of a forward pass.
         progress: show a progress bar on stderr.
 
     Raises:
-        DispatchError: an expert that no example wants, or `together` names one that is not there; a strength below 1.
+        DispatchError: an expert that no example wants, nothing to choose settings on, `together` names an expert that
+            is not there, a strength below 1/2.
     """
-    if strength is not None and not (math.isfinite(strength) and strength >= 1):
-        raise DispatchError(f"strength is {strength}: expected a number of at least 1, or none to have it chosen.")
+    if strength is not None and not (math.isfinite(strength) and strength >= 0.5):
+        raise DispatchError(f"strength is {strength}: expected a number of at least 0.5, or none to have it chosen.")
     names = tuple(library)
     wanted, wanted_in_validation = labels(examples, names), labels(validation, names)
     for name, count in zip(names, wanted.sum(0).tolist(), strict=True):
         if not count:
             raise DispatchError(f"No example wants {name!r}: give some, or leave it out of the library.")
+    if not validation:
+        raise DispatchError(
+            f"There are {len(examples)} examples and none to choose settings on: give at least 5, or some for it alone."
+        )
     states = states_of(model, [one.context for one in examples], batch_size=batch_size, progress=progress).double()
     held = states_of(model, [one.context for one in validation], batch_size=batch_size, progress=progress).double()
     mean, scale = states.mean(0), states.std(0) + 1e-6

@@ -22,7 +22,6 @@ Source: Patil et al., BFCL v4, Apache-2.0. Names of functions get "_" for ".", t
 from __future__ import annotations
 
 import ast
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -31,6 +30,7 @@ from typing import Any, ClassVar
 
 from svdexpert.errors import WorldError
 from svdexpert.reply import Call, same_value
+from svdexpert.storage import json_rows
 from svdexpert.worlds import Claim, ClaimKind, Composite, Dialogue, Request, RequestKind, Split, Tool, user
 
 VERSION = 1
@@ -112,13 +112,8 @@ class _Evaluation:
             raise WorldError(
                 f"{path} is not there: expected the data folder of the Berkeley Function-Calling Leaderboard."
             )
-        for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{name}:{place}", json.loads(line)
-            except ValueError as error:
-                raise WorldError(f"{path}, line {place}: no JSON ({error}); the file may be cut off.") from error
+        for place, row in json_rows(path, WorldError):
+            yield f"{name}:{place}", row
 
 
 class Bfcl(_Evaluation):
