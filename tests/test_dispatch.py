@@ -240,7 +240,7 @@ def test_an_expert_that_speaks_alone_speaks_up(model: SpectralModel, tmp_path: P
     assert isinstance(kept, Router)
     assert kept.strengths == dict.fromkeys(experts, 2.0)
     for strength in (0.4, math.nan):
-        with pytest.raises(DispatchError, match="expected a number of at least 0.5"):
+        with pytest.raises(DispatchError, match=r"expected a number of at least 0\.5"):
             fit("router", model, experts, rows, rows, strength=strength)
 
 
@@ -368,7 +368,7 @@ def test_what_few_shot_search_refuses(model: SpectralModel) -> None:
     experts = library(model)
     with pytest.raises(DispatchError, match="0 of 4 have one"):
         search(model, experts, examples(1))
-    with pytest.raises(DispatchError, match="0 of 4 have one"):
+    with pytest.raises(DispatchError, match="0 of 0 have one"):
         search(model, experts, [])
     with pytest.raises(DispatchError, match="method is 'cma'"):
         search(model, experts, shots(model, {}, experts), method="cma")  # type: ignore[arg-type]

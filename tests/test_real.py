@@ -193,7 +193,7 @@ def test_what_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(WorldError, match=r"lacks corrections\.txt"):
         worlds.load("sycon", folder).claims("heldout", 2, kind="false")
     (folder / "BFCL_v4_irrelevance.json").write_text('{"id": "irrel')
-    with pytest.raises(WorldError, match="irrelevance.json:1: no JSON"):
+    with pytest.raises(WorldError, match=r"irrelevance\.json:1: no JSON"):
         worlds.load("bfcl", folder).requests("heldout", 2, kind="unserved")
     with pytest.raises(WorldError, match=r"The world sycon is made of files: .*SYCON-Bench"):
         worlds.load("sycon")

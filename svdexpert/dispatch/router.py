@@ -144,8 +144,8 @@ def fit(
         validation: as many kinds; penalty, temperature and threshold are chosen on it.
         pairs: guessed examples of two experts, as a multiple of those that want either of them; 0 for none.
         together: pairs of experts that may both be due; None is all that do not exclude one another.
-        strength: weight of an expert that speaks alone, at least 1/2; None chooses it for each on the validation examples
-            that have a reply.
+        strength: weight of an expert that speaks alone, at least 1/2; None chooses it for each, at
+            least 1, on the validation examples that have a reply.
         seed: of their draw.
         batch_size: rows of a forward pass.
         progress: show a progress bar on stderr.
