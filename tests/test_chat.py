@@ -34,6 +34,12 @@ def shown(conversation: Conversation, *lines: str, history: Path | None = None) 
     return screen.getvalue()
 
 
+def test_a_history_that_cannot_be_written_ends_no_conversation(conversation: Conversation, tmp_path: Path) -> None:
+    said = shown(conversation, "hello there", "and now", history=tmp_path)
+    assert said.count("cannot be written") == 2
+    assert len(conversation.turns) == 2
+
+
 def test_commands_change_who_speaks(conversation: Conversation, tmp_path: Path) -> None:
     history, saved = tmp_path / "history.json", tmp_path / "saved.json"
     said = shown(

@@ -97,6 +97,25 @@ def test_a_reply_that_one_token_opens_begins_anew_in_every_turn(talking: Spectra
     assert len({json.dumps(one.decision.as_json()) for one in talk.turns}) > 1
 
 
+def test_what_the_base_has_read_is_not_what_experts_on_all_tokens_would(talking: SpectralModel) -> None:
+    talk = Conversation(talking, library(talking, False), max_new_tokens=10)
+    for turn, weights in enumerate(({}, {}, {"ask": 1.0})):
+        talk.mix(weights)
+        assert talk.say(SAID[turn]).text == fresh(talking, talk, weights, turn)
+
+
+def test_a_template_may_write_more_behind_what_opens_a_reply(talking: SpectralModel) -> None:
+    assert talking.tokenizer is not None
+    template = str(talking.tokenizer.chat_template)
+    thinks = "{% if enable_thinking is defined and not enable_thinking %}(no) {% endif %}"
+    talking.tokenizer.chat_template = template.replace("a: {% endif %}", "a: " + thinks + "{% endif %}")
+    for reach in (0, 3):
+        talk = Conversation(talking, library(talking, True, reach), max_new_tokens=10)
+        for turn, weights in enumerate(MIXTURES[:2]):
+            talk.mix(weights)
+            assert talk.say(SAID[turn]).text == fresh(talking, talk, weights, turn)
+
+
 def test_one_mixture_keeps_all_of_its_cache(talking: SpectralModel) -> None:
     talk = Conversation(talking, library(talking, False), max_new_tokens=10)
     talk.mix({"ask": 1.0})
@@ -148,6 +167,30 @@ def test_hysteresis_keeps_who_speaks_where_it_is_close(talking: SpectralModel) -
     assert "as in the turn before: ask, doubt" in talk.turns[1].decision.because
     first = Sticky(Scores(*rows), None, 0.1).decide(talking, Asked(None, torch.zeros(1, 1), torch.ones(1, 1)))
     assert first[0].chosen == {"ask"}
+
+
+class Loud(Scores):
+    """Speaks louder where it speaks alone."""
+
+    def weights_of(self, names: list[str]) -> dict[str, float]:
+        return dict.fromkeys(names, 2.0 / len(names))
+
+    def decide(self, model: Any, asked: Asked) -> list[Decision]:
+        (found,) = super().decide(model, asked)
+        return [replace(found, weights=self.weights_of(sorted(found.weights)))]
+
+
+def test_hysteresis_asks_how_loudly_those_speak_who_are_left(talking: SpectralModel) -> None:
+    asked = Asked(None, torch.zeros(1, 1), torch.ones(1, 1))
+    for rows, weights in (
+        (((0.9, 0.1), (0.9, 0.55)), {"ask": 2.0}),
+        (((0.9, 0.9), (0.9, 0.45)), {"ask": 1.0, "doubt": 1.0}),
+        (((0.9, 0.9), (0.9, 0.1)), {"ask": 2.0}),
+    ):
+        loud = Loud(*rows)
+        (before,) = loud.decide(talking, asked)
+        (found,) = Sticky(loud, before, 0.1).decide(talking, asked)
+        assert found.weights == weights
 
 
 class Chosen:

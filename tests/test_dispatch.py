@@ -23,6 +23,7 @@ from svdexpert.dispatch import (
     chooser,
     decide,
     fit,
+    label_scores,
     load,
     open_file,
     question,
@@ -362,6 +363,45 @@ def test_the_loss_of_shots_is_that_of_the_model(model: SpectralModel) -> None:
         chosen = model.logprobs([list(one.context.messages)], [ends], "ask", library=experts)[0]
         parts.append(-float(chosen.mean()))
     assert found == pytest.approx(sum(parts) / 3, abs=1e-4)
+
+
+def test_few_shots_are_the_examples_that_have_a_reply(model: SpectralModel) -> None:
+    experts = library(model)
+    some = shots(model, {"call": 1.0}, experts)[:4]
+    assert fit("fewshot", model, experts, [*some, *examples(1)]) == fit("fewshot", model, experts, some, some)
+
+
+def test_a_label_may_begin_like_another(long: SpectralModel) -> None:
+    scores = label_scores(long, [Context((user("hello"),))], {"as": "this", "ask": "that"})[0]
+    assert scores[0] != scores[1]
+    ends = [[*continuation(tokenizer_of(long), one), turn_ends(long)[0]] for one in ("as", "ask")]
+    asked = [question("user: hello", {"as": "this", "ask": "that"})]
+    alone = [float(long.logprobs([asked], [torch.tensor(one)])[0].sum()) for one in ends]
+    torch.testing.assert_close(scores, torch.tensor(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversation_that_fits_alone_is_asked_about_by_its_end(long: SpectralModel) -> None:
+    experts = library(long)
+    dispatcher = fit("prompt", long, experts, examples(2))
+    room = long.hf.config.max_position_embeddings - 8
+    talk = Context((user("x" * (room - 60) + " and then?"),))
+    (found,) = decide(dispatcher, long, [talk], experts)
+    assert set(found.scores) == set(experts)
+
+
+def test_rows_of_a_file_may_hold_any_separator(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    text = json.dumps({"messages": [{"role": "user", "content": "a\u2028b"}], "experts": []}, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    assert read_examples(path)[0].context.messages[0]["content"] == "a\u2028b"
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(DispatchError, match=r"own\.jsonl:1: no JSON in UTF-8"):
+        read_examples(path)
+
+
+def test_a_router_needs_something_to_choose_settings_on(model: SpectralModel) -> None:
+    with pytest.raises(DispatchError, match="none to choose settings on"):
+        fit("router", model, {"ask": library(model)["ask"]}, [one for one in examples(4) if one.wanted <= {"ask"}][:4])
 
 
 def test_what_few_shot_search_refuses(model: SpectralModel) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny
 
-from svdexpert import Expert, SpectralModel, skills, training
+from svdexpert import Expert, SpectralModel, examples, skills, training
 from svdexpert.batches import Neutral
 from svdexpert.conversation import invocation_of
 from svdexpert.errors import TrainingError
@@ -187,6 +187,37 @@ def test_a_constant_reward_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     module.loss(module.plan.rows(1))
     with pytest.raises(TrainingError, match=r"(?s)nothing to learn from.*\+0.3"):
         module.loss(module.plan.rows(2))
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_run_in_which_no_sample_is_right_ends_with_an_error(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last part of a step holds neutral rows alone."""
+    monkeypatch.setattr(training, "SAME_REWARDS", 2)
+    monkeypatch.setattr(skills.load("fake.ask"), "verify", lambda case, reply: Verdict(-1.0, "tell"))
+    recipe = small(accumulate=accumulate, batch_size=8, neutral=0.5)
+    with pytest.raises(TrainingError, match=r"(?s)nothing to learn from.*-1\.0"):
+        train(speaker(), "fake.ask", "rloo", recipe=recipe, world=NOWHERE, progress=False)
+
+
+def test_one_file_has_no_neutral_rows_and_nobody_replies_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{json.dumps({'prompt': 'x', 'completion': 'y'})}\n" * 4)
+    module = module_of(speaker(), (str(path),), "sft", neutral=0.5, activated=False)
+    assert module.plan.neutrals == []
+    assert module.plan.neutral_rows == 0
+
+
+def test_parquet_invents_no_arguments(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    def row(**arguments: str) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "book", "arguments": arguments}}
+        return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]}
+
+    path, rows = tmp_path / "mine.parquet", [row(place="here"), row(day="now")]
+    Dataset.from_list(rows).to_parquet(path)
+    assert [one for _, one in examples._read(path)] == rows
 
 
 @pytest.mark.usefixtures("fakes")
