@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 from svdexpert import BasisError, Expert, Library, MismatchError, Mixture, MixtureError, SpectralModel, SvdExpertError
+from svdexpert.template import render
 
 Attach = Callable[..., SpectralModel]
 Experts = dict[str, Expert]
@@ -279,7 +280,10 @@ def test_chats_go_through_the_template(model: SpectralModel, experts: Experts) -
     assert model.generate(chat, experts["ask"], max_new_tokens=8, **NONE) == plain
     assert model.generate([chat, chat], experts["ask"], max_new_tokens=8, **NONE) == plain * 2
     told = model.generate([chat], experts["ask"], tools=[tool], max_new_tokens=8, **NONE)
-    assert told == model.generate("[book]u: hi a: ", experts["ask"], max_new_tokens=8, **NONE)
+    assert model.tokenizer is not None
+    asked = render(model.tokenizer, chat, [tool])  # a template that writes no calls: functions are spelled out
+    assert "You can call these functions" in model.tokenizer.decode(asked)
+    assert told == model.generate([model.tokenizer.decode(asked)], experts["ask"], max_new_tokens=8, **NONE)
     with pytest.raises(SvdExpertError, match="tools belong to chats"):
         model.generate("hi", tools=[tool])
 
