@@ -143,7 +143,7 @@ def of_skill(
     *,
     rejected: bool = True,
     max_new_tokens: int = 96,
-    batch_size: int = 32,
+    batch_size: int = 64,
     progress: bool = True,
     contexts: Contexts | None = None,
 ) -> Examples:

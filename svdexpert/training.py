@@ -730,7 +730,7 @@ class Run:
             theirs_too = [one.ids for some in self.against.values() for one in self._prompts_for(some)]
             examples = [one.prompt for task in tasks for one in task.examples.rows]
             contexts.keeps([*examples, *(one.ids for one in prompts), *theirs_too])
-        how: dict[str, Any] = {"batch_size": 32, "progress": self.progress, "contexts": contexts}
+        how: dict[str, Any] = {"batch_size": 64, "progress": self.progress, "contexts": contexts}
         with self.model.using(None):
             said = answers(self.model, prompts, ends, "the base replies", **how)
         said_of = list(zip(asked, said, strict=True))
