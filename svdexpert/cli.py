@@ -123,6 +123,7 @@ def generate(
     experts: str | None = None,
     mix: dict[str, float] | list[dict[str, float]] | None = None,
     chat: bool = False,
+    tools: str | None = None,
     max_new_tokens: PositiveInt = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -141,6 +142,7 @@ def generate(
         mix: weights by name, e.g. '{ask: 0.7, doubt: 0.3}', or a list of such; {} is the base. Default: a lone expert
             at weight 1.
         chat: put the prompt through the chat template.
+        tools: JSON file with a list of functions (JSON schemas), with --chat.
         max_new_tokens: upper bound of the reply.
         temperature: 0 is greedy.
         seed: of sampling.
@@ -161,6 +163,9 @@ def generate(
         raise MixtureError("--mix is an empty list: give at least one mixture, {} is the base.")
     if experts is None and any(rows):
         raise MixtureError("--mix names experts: say where they are with --experts FOLDER.")
+    known = _tools(tools)
+    if known and not chat:
+        raise SvdExpertError("--tools are functions for a conversation: add --chat.")
     loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
     torch.manual_seed(seed)
     turn = [{"role": "user", "content": prompt}] if chat else prompt
@@ -169,6 +174,7 @@ def generate(
         cast(Any, [turn] * len(rows)),
         rows,
         library=library,
+        tools=known or None,
         max_new_tokens=max_new_tokens,
         **sampling,
     )
@@ -572,21 +578,12 @@ def talk(
         device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
         trust_remote_code: run modelling code from the repository.
     """
-    import json
-
     from svdexpert import chat, dispatch
     from svdexpert.dialogue import Conversation
-    from svdexpert.skills import check_tool
 
     library = _experts(experts)
     made = dispatch.open_file(dispatcher) if dispatcher is not None else None
-    try:
-        known = json.loads(_text(tools)) if tools is not None else []
-    except ValueError as error:
-        raise SvdExpertError(f"{tools} is no JSON ({error}): expected a list of functions.") from error
-    known = known if isinstance(known, list) else [known]
-    for one in known:
-        check_tool(one)
+    known = _tools(tools)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     if made is not None:
         made.check(loaded, library)
@@ -621,6 +618,24 @@ def _skills(library: "Mapping[str, Expert]") -> list[str]:
             "whose cases are meant with --skills, or give --examples."
         )
     return found
+
+
+def _tools(path: str | None) -> list[Any]:
+    """Return the functions of a JSON file, as JSON schemas; one that is no list stands alone."""
+    import json
+
+    from svdexpert.skills import check_tool
+
+    if path is None:
+        return []
+    try:
+        found = json.loads(_text(path))
+    except ValueError as error:
+        raise SvdExpertError(f"{path} is no JSON ({error}): expected a list of functions.") from error
+    known = found if isinstance(found, list) else [found]
+    for one in known:
+        check_tool(one)
+    return known
 
 
 def _texts(path: str | None) -> list[str] | None:

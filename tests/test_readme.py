@@ -27,7 +27,8 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    joined = (block.replace("\\\n", " ") for block in blocks("bash"))
+    lines = [line for block in joined for line in block.splitlines() if line.strip()]
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -110,6 +111,7 @@ def test_the_numbers_are_those_of_the_results() -> None:
 @pytest.mark.slow
 def test_the_commands_run(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     run_python(tmp_path, stand_in)
     for name in ("lora", "merged"):
         (tmp_path / name).rename(tmp_path / f"{name}-from-python")
