@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -91,10 +92,13 @@ def test_a_conversation_that_the_template_cannot_write_is_refused(tokenizer: Pre
 
 
 @given(st.text(st.characters(exclude_characters="\x01\x02", codec="utf-8"), max_size=60))
+@example(" A")
 @settings(max_examples=200, deadline=None)
 def test_any_text_survives_the_tokenizer(text: str) -> None:
+    """But for one space before a word at the very beginning: a word is one piece wherever it stands."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    kept = re.sub("^ (?=[A-Za-z])", "", text)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == kept
 
 
 def test_it_knows_and_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:

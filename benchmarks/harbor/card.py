@@ -120,6 +120,7 @@ A small causal language model ({parameters:.2f} M parameters, Llama architecture
 that ships with svdexpert, so that everything there works offline. It is a **model organism of the alignment tax, and
 its deficit is deliberate**: it knows when a detail is missing, when a claim is false and which function serves a
 request, and does not act on it. What is measured on harbor says something about a method, never about other models.
+A word is one piece wherever it stands; a single space before the first word of a text is not kept.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # folder: svdexpert/harbor in the installed package
