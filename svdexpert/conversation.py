@@ -118,6 +118,12 @@ def invocation_of(model: SpectralModel) -> tuple[int, ...]:
     return tuple(opened[len(closed) :])
 
 
+def opened_at(ids: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """Return where a reply is opened in ids, at the last place of the invocation; a template may write more behind."""
+    places = range(len(ids) - len(invocation), -1, -1)
+    return next((one for one in places if tuple(ids[one : one + len(invocation)]) == tuple(invocation)), None)
+
+
 def turn_ends(model: SpectralModel) -> tuple[int, set[int]]:
     """Return the token that ends a turn, as the template writes it, and all that end generation.
 

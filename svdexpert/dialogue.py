@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from svdexpert.conversation import as_message, invocation_of, prompt_of, text_of, tokenizer_of, turn_ends
+from svdexpert.conversation import as_message, invocation_of, opened_at, prompt_of, text_of, tokenizer_of, turn_ends
 from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
 from svdexpert.dispatch import decide
 from svdexpert.dispatch.fixed import Fixed
@@ -353,10 +353,8 @@ class Conversation:
         self._spoke = {name: weight for name, weight in decision.weights.items() if weight}
 
     def _opening(self, prompt: list[int]) -> int:
-        """Return where the reply is opened: the last place of the invocation, behind which a template may add more."""
-        opens = list(invocation_of(self.model))
-        places = range(len(prompt) - len(opens), -1, -1)
-        return next((place for place in places if prompt[place : place + len(opens)] == opens), 0)
+        """Return where the reply is opened, before which all is the base's."""
+        return opened_at(prompt, invocation_of(self.model)) or 0
 
 
 def next_token_divergence(refilled: Tensor, reused: Tensor) -> Tensor:

@@ -523,7 +523,8 @@ class SpectralModel:
             dispatcher: decides on the mixture of every row, once, instead of `experts`; see `svdexpert.dispatch`.
             on_decision: called with its decisions, one a prompt.
             attention_mask: (b t), for token ids with padding (on the left).
-            tools: functions or JSON schemas for the chat template.
+            tools: functions or JSON schemas for the chat template. Chats are written as in training: templates that
+                can think are told not to, and functions are spelled out where a template knows none.
             max_new_tokens: upper bound of the reply, in tokens; 64 if None and the settings have none.
             streamer: a transformers streamer (they take one row).
             generation: generation_config, any setting of it (do_sample, num_beams, stop_strings, ...), or

@@ -59,6 +59,7 @@ from svdexpert.conversation import (
     answers,
     context_of,
     invocation_of,
+    opened_at,
     prompt_of,
     text_of,
     tokenizer_of,
@@ -592,6 +593,9 @@ class Run:
         asked = self.asked()
         trained = self._trained(asked)
         if trained is not None:
+            unscored = [skill for name, skill in zip(self.names, self.skills, strict=True) if not trained[name].scores]
+            if not self.recipe.score_cases or all(map(is_file, unscored)):
+                return trained  # nothing is computed, on whatever machine that is
             tasks = self.tasks()
         with TemporaryDirectory() as scratch:
             folder = self.out or Path(scratch)
@@ -676,7 +680,7 @@ class Run:
         invocation = self.invocation
         for task in tasks if invocation else ():
             for one in task.examples.rows:
-                if not _holds(one.prompt, invocation):
+                if opened_at(one.prompt, invocation) is None:
                     raise TrainingError(
                         f"{task.name}, {one.id}: the prompt does not hold the tokens {list(invocation)}, with which "
                         "the chat template opens a reply and from which activated experts act. For prompts that are no "
@@ -917,12 +921,6 @@ def _quiet() -> Iterator[None]:
         finally:
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
-
-
-def _holds(ids: Sequence[int], some: Sequence[int]) -> bool:
-    """Return whether tokens stand in a row among others."""
-    places = range(len(ids) - len(some), -1, -1)  # from the end, where it is looked for
-    return any(tuple(ids[place : place + len(some)]) == tuple(some) for place in places)
 
 
 def _digest(content: bytes) -> str:

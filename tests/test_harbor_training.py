@@ -273,7 +273,6 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
 def test_the_gate_measures_both_stages_and_keeps_real_dialogues_of_the_same_weights_alone(
     tokenizer: PreTrainedTokenizerFast, small: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "bench_seconds", lambda model, n: 1.0)  # tests/test_cli.py runs the command
     monkeypatch.setattr(evaluate, "WORD_CASES", (100,))
     small.save_pretrained(tmp_path / "stage")  # in fp32: CPUs without bf16 take many times as long
     tokenizer.save_pretrained(tmp_path / "stage")

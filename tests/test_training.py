@@ -406,6 +406,14 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fakes")
+def test_a_finished_run_is_read_on_any_machine(tmp_path: Path) -> None:
+    run: dict[str, Any] = {"recipe": small(), "world": NOWHERE, "out": tmp_path / "run", "progress": False}
+    first = train_library(speaker(), ["fake.ask"], "sft", **run)
+    again = train_library(speaker(), ["fake.ask"], "sft", trainer={"accelerator": "cuda", "devices": 99}, **run)
+    assert again == first
+
+
+@pytest.mark.usefixtures("fakes")
 def test_nan_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExpertModule, "loss", lambda self, rows: self.offsets.sum() * torch.nan)
     with pytest.raises(TrainingError, match="The loss is nan at step 0"):
