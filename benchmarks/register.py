@@ -18,7 +18,8 @@ finished run is one row of benchmarks/results/register.json; rows that are there
     router_ms           milliseconds a prompt that a router adds to one token from the same mixture given by hand
     routed_over_fixed, routed_over_base     time of 64 tokens, routed over given by hand, over the base
     abstain_exact       share of plain contexts that are answered as the base answers them, token for token
-    switch_loss         success of the second turn alone less that in a dialogue that was switched in the middle
+    switch_loss         success of the second turn alone less that in a dialogue that was switched in the middle; _told:
+                        the same where both turns are given the mixture that is right, by hand
     reuse_kl, reuse_kl95    KL(refill || reuse) a token, along refill's reply, over dialogues: median, 95th percentile
     reuse_speedup, reread_over_refill       at 512 tokens of history, time to the next token: refill over reuse; reading
                         all again over refill
@@ -64,7 +65,7 @@ from svdexpert.forward import Forward
 from svdexpert.report import draw_shares, draw_turns
 from svdexpert.showcase import dialogue
 from svdexpert.skills import load
-from svdexpert.worlds import World, assistant
+from svdexpert.worlds import Tool, World, assistant
 
 LABELS = {
     "clarify": "a question for a detail that is missing",
@@ -359,7 +360,7 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], times: int) -> dict[str,
 def switched(seed: int, n: int) -> dict[str, Any]:
     """Return what becomes of a second turn that needs other experts than the first."""
     of = of_seed(seed, n)
-    model, library, router = of.model, of.library, of.router
+    model, library = of.model, of.library
     by_kind = {kind: [one for one in of.items if one.kind == kind] for kind in KINDS}
     turns = [
         (first, second)
@@ -367,14 +368,13 @@ def switched(seed: int, n: int) -> dict[str, Any]:
         for first, second in zip(by_kind[one], by_kind[other], strict=True)
         if len(first.case.messages) == 1  # a claim about an earlier order would be about either
     ]
-    alone, after, divergences = [], [], []
+    ends: dict[str, list[bool]] = {"alone": [], "after": [], "alone_told": [], "after_told": []}
+    divergences = []
     for first, second in turns:
         tools = list({one["function"]["name"]: one for one in (*second.case.tools, *first.case.tools)}.values())
-        lone = Conversation(model, library, router, tools)
-        alone.append(second.right(lone.reply_to(*second.case.messages).text))
-        talk = Conversation(model, library, router, tools)
-        talk.reply_to(*first.case.messages)
-        after.append(second.right(talk.reply_to(*second.case.messages).text))
+        for end, by_hand in (("", False), ("_told", True)):
+            ends[f"alone{end}"].append(second.right(last_reply(of, [second], tools, by_hand)))
+            ends[f"after{end}"].append(second.right(last_reply(of, [first, second], tools, by_hand)))
         bare = Conversation(
             model, library
         )  # harbor's template moves the functions in every turn, and with them the cache
@@ -382,14 +382,25 @@ def switched(seed: int, n: int) -> dict[str, Any]:
             bare.mix(dict.fromkeys(RIGHT[one.kind][0], 1.0))
             bare.reply_to(*one.case.messages)
         divergences.append(divergence(model, library, bare))
-    return {
+    made = {name: fmean(some) for name, some in ends.items()}
+    return made | {
         "n": len(turns),
-        "alone": fmean(alone),
-        "after": fmean(after),
-        "switch_loss": fmean(alone) - fmean(after),
+        "switch_loss": made["alone"] - made["after"],
+        "switch_loss_told": made["alone_told"] - made["after_told"],
         "reuse_kl": median(divergences),
         "reuse_kl95": sorted(divergences)[math.ceil(0.95 * len(divergences)) - 1],
     }
+
+
+def last_reply(of: Seed, turns: Sequence[Item], tools: Sequence[Tool], by_hand: bool) -> str:
+    """Return the last reply of a dialogue of these turns, routed, or under the mixtures that are right in them."""
+    talk = Conversation(of.model, of.library, of.router, tools)
+    reply = ""
+    for one in turns:
+        if by_hand:
+            talk.mix({name: of.router.strengths[name] for name in RIGHT[one.kind][0]})  # type: ignore[attr-defined]
+        reply = talk.reply_to(*one.case.messages).text
+    return reply
 
 
 @torch.no_grad()
@@ -514,11 +525,11 @@ def figures(grid: Grid) -> dict[str, float]:
     for name in ("accuracy", "regret"):
         found[f"router_{name}"] = found.get(f"{name}_router", math.nan)
     found["abstain_exact"] = mean(grid.find(strategy="router"), "abstain_exact")
-    for kind in ("costs", "switched"):
-        rows = grid.find(what=kind)
-        for key in ("router_ms", "routed_over_fixed", "routed_over_base", "switch_loss", "reuse_kl", "reuse_kl95"):
-            if rows and key in rows[0]:
-                found[key] = mean(rows, key)
+    for kind, keys in {
+        "costs": ("router_ms", "routed_over_fixed", "routed_over_base"),
+        "switched": ("switch_loss", "switch_loss_told", "reuse_kl", "reuse_kl95"),
+    }.items():
+        found |= {key: mean(grid.find(what=kind), key) for key in keys}
     for row in grid.find(what="next token"):
         tokens = row["run"]["tokens"]
         end = "" if tokens == 512 else f"_{tokens}"
