@@ -421,14 +421,16 @@ def train_experts(
     if not training.is_rank_zero():
         return
     for place, expert in experts.items():
-        scores = {
-            key: ["?" if end is None else f"{end:.2f}" for end in one]  # no interval without several clusters
-            for key, one in expert.scores.items()
-            if isinstance(one, list)
-        }
-        found = ", ".join(f"{key} {value} [{low}, {high}]" for key, (value, low, high) in scores.items())
-        _show(f"{place}: {found or 'not scored'}; {folder / 'experts' / place}")
+        _show(f"{place}: {_scores(expert.scores)}; {folder / 'experts' / place}")
     _show(f"learning curve in {folder / 'curve.png'}")
+
+
+def _scores(scores: "Mapping[str, Any]") -> str:
+    """Return the figures of a trained expert with their intervals; there is none without several clusters."""
+    figures = {key: one for key, one in scores.items() if isinstance(one, list)}
+    ends = {key: ["?" if end is None else f"{end:.2f}" for end in one] for key, one in figures.items()}
+    found = ", ".join(f"{key} {value} [{low}, {high}]" for key, (value, low, high) in ends.items())
+    return found or "not scored"
 
 
 def fit_dispatcher(

@@ -242,6 +242,12 @@ def test_another_basis_than_that_of_frozen_experts_is_refused(run: Run, base: Pa
     assert not (library.parent / "run").exists()
 
 
+def test_a_trained_expert_without_intervals_is_shown() -> None:
+    assert cli._scores({"doing": [0.5, 0.25, 0.75], "n": 2}) == "doing 0.50 [0.25, 0.75]"
+    assert cli._scores({"doing": [1.0, None, None]}) == "doing 1.00 [?, ?]"
+    assert cli._scores({}) == "not scored"
+
+
 @pytest.fixture
 def skilled(tmp_path: Path) -> Path:
     """Return experts for harbor, named after skills; they hardly change it."""

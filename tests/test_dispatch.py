@@ -33,6 +33,7 @@ from svdexpert.dispatch import (
     save_dispatcher,
 )
 from svdexpert.dispatch import router as router_module
+from svdexpert.dispatch.classify import Classify
 from svdexpert.dispatch.fewshot import loss_of, search
 from svdexpert.dispatch.fixed import Fixed
 from svdexpert.dispatch.router import Router, abstention, calibration_error, guessed_pairs, kinds_of_pairs, regressions
@@ -310,7 +311,8 @@ def test_the_base_is_asked_in_a_prompt_of_its_own(long: SpectralModel, tmp_path:
 
 def test_a_classification_expert_learns_the_labels(long: SpectralModel, tmp_path: Path) -> None:
     experts = library(long)
-    recipe = Recipe(steps=60, learning_rate=0.1, batch_size=8, neutral=0.0, validation_cases=0, score_cases=0)
+    how: dict[str, Any] = {"neutral": 0.0, "validation_cases": 0, "score_cases": 0, "reach": 2}
+    recipe = Recipe(steps=60, learning_rate=0.1, batch_size=8, **how)
     rows = examples(12)
     dispatcher = fit("classify", long, experts, rows, rows[:4], recipe=recipe)
     contexts = [one.context for one in rows]
@@ -320,6 +322,9 @@ def test_a_classification_expert_learns_the_labels(long: SpectralModel, tmp_path
     assert right[0] > right[1]
     again = open_file(save_dispatcher(dispatcher, tmp_path / "classify.safetensors"))
     assert decide(again, long, contexts, experts) == found
+    assert isinstance(again, Classify)
+    assert (again.core, again.reach) == ("diag", 2)
+    assert decide(replace(again, reach=0), long, contexts, experts) != found  # a label has more than two tokens
 
 
 def shots(model: SpectralModel, weights: dict[str, float], experts: dict[str, Expert]) -> list[Example]:
