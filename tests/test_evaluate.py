@@ -551,7 +551,7 @@ def test_cases_longer_than_the_context_are_left_out_and_counted(
     Console(width=120).print(knowing_doing_table([found]))
     assert f"{name}: left out, because longer than the model's context: 1" in capsys.readouterr().out
     left = [case(0), case(1, **long), case(2)]  # all controls are too long: words cannot tell anything
-    name = fake_skill(cases=lambda world, split, n, *, seed=0: left if split == "heldout" else [case(8), case(9)])
+    name = fake_skill(cases=lambda world, split, n, *, seed=0: left if split == "heldout" else [case(10), case(11)])
     (found,) = knowing_doing(talker, worlds.load("town"), families=[name], n=4, progress=False)
     assert "words" not in found.figures
     assert found.figures["doing"].n == 2
