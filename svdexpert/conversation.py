@@ -22,7 +22,7 @@ from svdexpert.forward import Contexts, Forward, left_padded
 from svdexpert.layers import active_in
 from svdexpert.model import SpectralModel
 from svdexpert.reply import CLOSE, OPEN, read, write_call
-from svdexpert.template import calls_of, render, templated
+from svdexpert.template import calls_of, check_messages, render, templated
 from svdexpert.worlds import Message, Tool, assistant, calling, user
 
 PREFILL_TOKENS = 4096
@@ -70,6 +70,7 @@ def _fitted(
     context: int | None,
 ) -> tuple[tuple[Message, ...], int, list[int]]:
     """Return the messages that stay, how many turns went, and the ids."""
+    check_messages(messages)
     starts = [place for place, one in enumerate(messages) if one["role"] == "user"] or [0]
     if any(one["role"] not in ("system", "developer") for one in messages[: starts[0]]):
         starts.insert(0, 0)  # an assistant who speaks first

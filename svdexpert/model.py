@@ -37,7 +37,15 @@ from transformers.utils.hub import cached_file
 
 from svdexpert.basis import Basis, Rank, Support, decoder_layers, decompose, fingerprint, weight_of
 from svdexpert.decision import Asked, Context, Decision, Dispatcher, weights_of_rows
-from svdexpert.errors import BasisError, DispatchError, MixtureError, SvdExpertError, UnknownExpertError, did_you_mean
+from svdexpert.errors import (
+    BasisError,
+    DispatchError,
+    MixtureError,
+    SvdExpertError,
+    TooLongError,
+    UnknownExpertError,
+    did_you_mean,
+)
 from svdexpert.expert import Core, Expert, flat_scale
 from svdexpert.layers import (
     NOT_YET,
@@ -538,6 +546,7 @@ class SpectralModel:
             MixtureError: the rows of `experts` are not those of `prompts`, or it is by token; activated experts, and a
                 prompt in which the chat template opens no reply.
             DispatchError: a dispatcher that cannot decide here: no library, experts that are missing, another base.
+            TooLongError: a dispatcher, and a prompt that fills the model's context.
             SvdExpertError: text without a tokenizer, chats without a chat template.
         """
         if isinstance(prompts, Tensor):
@@ -566,6 +575,7 @@ class SpectralModel:
         times = max(beams, config.num_return_sequences or defaults.num_return_sequences or 1)
         pending, opens = None, () if mixture is None else mixture.invocation
         if dispatcher is not None:
+            self._check_length(ids)
             asked = Asked(_contexts(prompts, tools), ids, mask)
             bank = self._bank_for(dispatcher, library)
             opens = bank.invocation
@@ -597,12 +607,20 @@ class SpectralModel:
 
     def _bank_for(self, dispatcher: Dispatcher, library: Mapping[str, Expert] | Bank | None) -> Bank:
         """Return the bank that a dispatcher may choose from."""
+        if isinstance(dispatcher, str | Path):
+            raise DispatchError(f"dispatcher is {str(dispatcher)!r}: give what svdexpert.dispatch.open_file returns.")
         if library is None:
             raise DispatchError("A dispatcher needs library=...: the experts that it chooses from.")
         dispatcher.check(self, library)
-        if isinstance(library, Mapping):
-            library = {name: library[name] for name in dispatcher.experts}
+        if isinstance(library, Mapping):  # a dispatcher that names nobody may still be asked
+            library = {name: library[name] for name in dispatcher.experts or library}
         return self._bank(library, None)
+
+    def _check_length(self, ids: Tensor) -> None:
+        """Raise a TooLongError where a prompt leaves no room for a reply."""
+        limit = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and ids.shape[1] >= limit:
+            raise TooLongError(f"The longest prompt has {ids.shape[1]} tokens, the model takes {limit} with the reply.")
 
     def _decided(
         self,

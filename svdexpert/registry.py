@@ -31,7 +31,7 @@ def member(room: ModuleType, kind: str, name: str, parts: Sequence[str], error: 
         error: what is raised.
 
     Raises:
-        SvdExpertError: `error`; there is no such module, or it lacks a part.
+        SvdExpertError: `error`; there is no such module, it is no Python, or it lacks a part.
         ModuleNotFoundError: it imports something that is not there.
     """
     path = name if "." in name else f"{room.__name__}.{name}"
@@ -43,6 +43,8 @@ def member(room: ModuleType, kind: str, name: str, parts: Sequence[str], error: 
         if missing.name and not path.startswith(missing.name):
             raise
         raise error(f"There is no {kind} {name!r}.{did_you_mean(name, members(room))}") from missing
+    except SyntaxError as wrong:
+        raise error(f"{name} is no Python: {wrong.msg} ({wrong.filename}, line {wrong.lineno}).") from wrong
     lacking = [part for part in parts if not hasattr(module, part)]
     if lacking:
         raise error(f"The module {path} is no {kind}: it lacks {', '.join(lacking)} (see {room.__name__}).")

@@ -227,7 +227,7 @@ def dispatch_table(measured: DecisionResult) -> Group:
     """Return who should have spoken, and who did."""
     chosen = sorted({who for _, who in measured.confusion}, key=people)
     table = Table()
-    table.add_column("should speak \\ speaks")
+    table.add_column("should speak \\ speaks, at 1/2 or more")
     for who in chosen:
         table.add_column(people(who), justify="right")
     for wanted in sorted({who for who, _ in measured.confusion}, key=people):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +43,7 @@ def templated(
         how: arguments of `apply_chat_template`.
 
     Raises:
-        SvdExpertError: there is no chat template, or it refuses the conversation.
+        SvdExpertError: there is no chat template, it refuses the conversation, or a message has no role.
     """
     if tokenizer.chat_template is None:
         raise SvdExpertError(
@@ -51,6 +51,7 @@ def templated(
             "model.tokenizer.chat_template to the Jinja text that the model was trained with (on the hub it is "
             "chat_template.jinja, or a field of tokenizer_config.json)."
         )
+    check_messages(messages)
     uses_functions = tools or any(one["role"] == "tool" or one.get("tool_calls") for one in messages)
     if uses_functions and not _knows_functions(tokenizer, str(tokenizer.chat_template)):
         messages, tools = spelled_out(messages, tools), ()
@@ -61,6 +62,13 @@ def templated(
         raise SvdExpertError(
             f"The chat template refuses a conversation of the roles {roles}: {type(error).__name__}: {error}"
         ) from error
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise an SvdExpertError unless every message is a dict with a role."""
+    for place, one in enumerate(messages):
+        if not isinstance(one, Mapping) or not isinstance(one.get("role"), str):
+            raise SvdExpertError(f"Message {place} is {str(one)[:80]!r}; expected a dict with a role and a content.")
 
 
 @lru_cache(maxsize=8)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, byte_tokenizer, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from svdexpert import DispatchError, Expert, MixtureError, Recipe, SpectralModel, skills, worlds
@@ -20,6 +24,7 @@ from svdexpert.decision import Asked, Context, Decision
 from svdexpert.dispatch import (
     NOBODY,
     Example,
+    check_wanted,
     chooser,
     decide,
     fit,
@@ -31,12 +36,15 @@ from svdexpert.dispatch import (
     read,
     read_examples,
     save_dispatcher,
+    split,
+    typed_settings,
 )
 from svdexpert.dispatch import router as router_module
 from svdexpert.dispatch.classify import Classify
 from svdexpert.dispatch.fewshot import loss_of, search
 from svdexpert.dispatch.fixed import Fixed
 from svdexpert.dispatch.router import Router, abstention, calibration_error, guessed_pairs, kinds_of_pairs, regressions
+from svdexpert.errors import SvdExpertError, TooLongError
 from svdexpert.evaluate import measure
 from svdexpert.worlds import user
 
@@ -496,10 +504,58 @@ def test_what_fit_refuses(model: SpectralModel) -> None:
         fit("router", model, experts, [*examples(2), Example(Context(CHATS[0]), frozenset(["taxi"]))])  # type: ignore[arg-type]
     with pytest.raises(DispatchError, match="No example wants 'call'"):
         fit("router", model, experts, [one for one in examples(4) if "call" not in one.wanted])
-    with pytest.raises(DispatchError, match="no such setting"):
+    with pytest.raises(DispatchError, match=r"'depth' is not accepted\. Its settings: pairs, together"):
         fit("router", model, experts, examples(4), depth=3)
+    with pytest.raises(DispatchError, match="Example 2 wants 'doubt'"):
+        ask, doubt = (next(one for one in examples(2) if one.wanted == {name}) for name in ("ask", "doubt"))
+        check_wanted([ask, doubt], {"ask": experts["ask"]})
     with pytest.raises(DispatchError, match="lacks fit"):
         load("svdexpert.mixture")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "complaint"),
+    [
+        ("router", {"pairs": "abc"}, '"pairs": Expected a .*float'),
+        ("router", {"pairs": -1}, "expected at least 0"),
+        ("router", {"batch_size": 0}, "at least 1"),
+        ("router", {"together": 5}, "Sequence"),
+        ("router", {"seed": "x"}, "Expected a .*int"),
+        ("router", {"strength": "loud"}, "float"),
+        ("router", {"validation": 3}, "'validation' is not accepted"),
+        ("fewshot", {"evaluations": 0}, "evaluations is 0"),
+        ("fewshot", {"rate": -1.0}, r"rate -1\.0"),
+        ("fewshot", {"evaluations": "ten"}, "Expected a .*int"),
+        ("fewshot", {"method": "luck"}, "cross-entropy"),
+        ("prompt", {"labels": True}, "Mapping"),
+        ("classify", {"recipe": {"stops": 2}}, "stops"),
+    ],
+)
+def test_settings_out_of_range(strategy: str, settings: dict[str, Any], complaint: str, model: SpectralModel) -> None:
+    rows = [replace(one, reply="a") for one in examples(2)]
+    with pytest.raises(DispatchError, match=complaint):
+        fit(strategy, model, library(model), rows, rows, **typed_settings(strategy, settings))
+
+
+def test_settings_as_yaml_holds_them() -> None:
+    assert typed_settings("classify", {"recipe": {"steps": 30, "reach": 2}}) == {"recipe": Recipe(steps=30, reach=2)}
+    assert typed_settings("classify", {"recipe": Recipe(steps=30)}) == {"recipe": Recipe(steps=30)}
+    assert typed_settings("router", {"pairs": 3, "together": [["a", "b"]]}) == {"pairs": 3.0, "together": [["a", "b"]]}
+    assert typed_settings("router", {}) == {}
+
+
+@given(st.lists(st.sampled_from(["ask", "doubt", ""]), max_size=40))
+@settings(deadline=None, max_examples=25)
+def test_a_fifth_of_each_kind_is_kept_to_choose_settings_on(wanted: list[str]) -> None:
+    rows = [
+        Example(Context(({"role": "user", "content": str(place)},)), frozenset([one] if one else []))
+        for place, one in enumerate(wanted)
+    ]
+    learnt, held = split(rows)
+    assert sorted(map(str, [*learnt, *held])) == sorted(map(str, rows))
+    for kind in {one.wanted for one in rows}:
+        many = [sum(one.wanted == kind for one in part) for part in (learnt, held)]
+        assert many[1] == sum(many) // 5
 
 
 @pytest.mark.parametrize(
@@ -510,6 +566,12 @@ def test_what_fit_refuses(model: SpectralModel) -> None:
         ('{"messages": [{"role": "user", "content": "a"}], "experts": "ask"}', "experts is 'ask'"),
         ("[1]", "expected"),
         ("", "no examples"),
+        ('{"messages": 5, "experts": []}', "found .*expected"),
+        ('{"messages": [{"role": "user"}], "experts": []}', "expected"),
+        ('{"messages": [{"role": "user", "content": 5}], "experts": []}', "expected"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{}]}], "experts": []}', "expected"),
+        ('{"messages": [{"role": "user", "content": "a"}], "experts": [], "tools": 5}', "tools is 5"),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "experts": []}', "role 'assistant', expected user"),
     ],
 )
 def test_bad_rows_of_examples(row: str, complaint: str, tmp_path: Path) -> None:
@@ -536,12 +598,73 @@ def test_bad_files(model: SpectralModel, router: Router, tmp_path: Path) -> None
     save_dispatcher(replace(router, weight=router.weight * float("nan")), path)
     with pytest.raises(DispatchError, match="NaN"):
         open_file(path)
-    save_dispatcher(replace(router, bias=router.bias[:1]), path)
-    with pytest.raises(DispatchError, match="damaged"):
-        open_file(path)
+    damages: list[dict[str, Any]] = [
+        {"bias": router.bias[:1]},
+        {"strengths": {"ask": "loud"}},
+        {"abstain_below": 2.0},
+        {"made_for": {"base": "a", "experts": router.made_for["experts"]}},
+        {"made_for": {**router.made_for, "experts": {}}},
+        {"made_for": {**router.made_for, "experts": ["ask", "doubt", "call"]}},
+    ]
+    for changes in damages:
+        save_dispatcher(replace(router, **changes), path)
+        with pytest.raises(DispatchError, match="damaged"):
+            open_file(path)
+    narrow = replace(router, weight=router.weight[:, 1:])
+    with pytest.raises(DispatchError, match=r"states of \d+ numbers, and this base has \d+"):
+        decide(narrow, model, [Context(tuple(CHATS[0]))], library(model))
+    with pytest.raises(DispatchError, match="is a folder"):
+        open_file(tmp_path)
     library(model)["ask"].save(tmp_path / "ask")
     with pytest.raises(DispatchError, match="and no dispatcher"):
         open_file(tmp_path / "ask" / "expert.safetensors")
+
+
+def test_a_file_runs_no_code_that_it_names(model: SpectralModel, tmp_path: Path) -> None:
+    mine, ran = tmp_path / "mine.py", tmp_path / "ran"
+    mine.write_text(
+        f"from pathlib import Path\nfrom svdexpert.dispatch.fixed import Fixed\nPath({str(ran)!r}).touch()\n"
+        "def fit(model, library, examples, validation, **settings):\n    return restored({}, {})\n"
+        "def restored(card, tensors):\n    return Fixed({'ask': 1.0})\n"
+    )
+    rows = examples(2)
+    made: Any = fit(str(mine), model, library(model), rows, anything=1)
+    ran.unlink()
+    own = SimpleNamespace(strategy=str(mine), stored=made.stored)
+    path = save_dispatcher(own, tmp_path / "mine.safetensors")
+    del sys.modules[next(name for name in sys.modules if name.startswith("mine_"))]
+    with pytest.raises(DispatchError, match="whose code would run here"):
+        open_file(path)
+    assert not ran.exists()
+    assert open_file(path, str(mine)).experts == ("ask",)
+    (tmp_path / "wrong.py").write_text("def fit(:")
+    with pytest.raises(DispatchError, match=r"is no Python: .* line 1\)"):
+        load(str(tmp_path / "wrong.py"))
+
+
+def test_what_routed_generation_refuses(model: SpectralModel, router: Router) -> None:
+    experts = library(model)
+    long = [{"role": "user", "content": "a " * 2000}]
+    with pytest.raises(TooLongError, match=r"the model takes \d+ with the reply"):
+        model.generate([long], dispatcher=router, library=experts)
+    with pytest.raises(DispatchError, match=r"give what svdexpert.dispatch.open_file returns"):
+        model.generate(CHATS, dispatcher="router.safetensors", library=experts)  # type: ignore[arg-type]
+    with pytest.raises(DispatchError, match="Conversation 0 is a list"):
+        decide(router, model, CHATS, experts)  # type: ignore[arg-type]
+    with pytest.raises(SvdExpertError, match=r"Message 0 is .*expected a dict with a role"):
+        decide(router, model, [Context(({"content": "a"},))], experts)
+    nobody, decisions = replies(model, CHATS, dispatcher=Fixed({}), library=experts)
+    assert nobody == model.generate(CHATS, max_new_tokens=8)
+    assert all(one.abstained for one in decisions)
+
+
+def test_few_shots_that_are_left_out(model: SpectralModel) -> None:
+    experts, shot = library(model), replace(examples(1)[0], reply="a b")
+    with pytest.raises(DispatchError, match=r"0 of 6 have one"):
+        fit("fewshot", model, experts, examples(2)[:6], examples(1))
+    long = replace(shot, reply="a " * 2000)
+    with pytest.warns(UserWarning, match=r"1 of 5 examples were left out: with their reply"):
+        fit("fewshot", model, experts, [*[shot] * 4, long], [shot], evaluations=1)
 
 
 def test_reading_does_not_depend_on_padding(model: SpectralModel) -> None:

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -49,6 +51,7 @@ from svdexpert.registry import member, members, stem
 from svdexpert.skills import Case, Skill, check_tool
 from svdexpert.skills import load as load_skill
 from svdexpert.storage import json_rows, whole_file
+from svdexpert.template import calls_of
 from svdexpert.worlds import Dialogue, Message, Split, World, user
 
 __all__ = ["Asked", "Context", "Decision", "Dispatcher", "Example", "decide", "examples_of", "fit", "load", "open_file"]
@@ -70,6 +73,10 @@ class Example:
     wanted: frozenset[str]
     skill: str = ""
     reply: str = ""
+
+
+NO_SETTINGS: set[str | int] = {"model", "library", "examples", "validation"}
+"""Arguments of a strategy's `fit` that every one has."""
 
 
 class Strategy(Protocol):
@@ -123,15 +130,12 @@ def fit(
         settings: of the strategy.
 
     Raises:
-        DispatchError: no experts, fewer examples than experts, an example that wants an expert nobody has, an unknown
-            setting.
+        DispatchError: no experts, fewer examples than experts, an example that wants an expert nobody has, a setting
+            that is unknown or of another type.
     """
-    module = load(strategy)
+    module, settings = load(strategy), typed_settings(strategy, settings)
     present((), library)
-    wanted = Counter(name for one in (*examples, *validation) for name in one.wanted)
-    for name in wanted:
-        if name not in library:
-            raise DispatchError(f"An example wants {name!r}, which the library lacks." + did_you_mean(name, library))
+    check_wanted((*examples, *validation), library)
     given = len(examples) + len(validation)
     examples, validation = fitting(model, examples), fitting(model, validation)
     if left_out := given - len(examples) - len(validation):
@@ -142,15 +146,54 @@ def fit(
             "contexts in which no expert should speak."
         )
     if not validation:
-        examples, validation = (
-            [one for place, one in enumerate(examples) if (place % 5 == 4) == kept] for kept in (False, True)
-        )
+        examples, validation = split(examples)
+    return cast(Dispatcher, module.fit(model, library, examples, validation, **settings))
+
+
+def typed_settings(strategy: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a strategy as the types that its `fit` names, from what JSON and YAML hold.
+
+    Raises:
+        DispatchError: a setting that it does not have, or a value of another type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    offered = load(strategy).fit
+    if any(one.kind is one.VAR_KEYWORD for one in signature(offered).parameters.values()):
+        return dict(settings)  # one's own, which takes whatever it is given
+    parser = ArgumentParser(exit_on_error=False)
+    names = parser.add_function_arguments(offered, as_positional=False, skip=NO_SETTINGS)
     try:
-        return cast(Dispatcher, module.fit(model, library, examples, validation, **settings))
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise DispatchError(f"{strategy} has no such setting: {error}") from error
+        return dict(parser.instantiate(parser.parse_object(dict(settings), defaults=False)))
+    except ArgumentError as error:
+        said = " ".join(str(error).split())
+        has = ", ".join(names) or "none"
+        raise DispatchError(f"{strategy} does not take {dict(settings)}: {said}. Its settings: {has}.") from error
+
+
+def check_wanted(examples: Sequence[Example], library: Mapping[str, Expert] | Bank) -> None:
+    """Check that a library holds whoever examples want.
+
+    Raises:
+        DispatchError: it does not; the first such example is named.
+    """
+    names = library.names if isinstance(library, Bank) else tuple(library)
+    for place, one in enumerate(examples, 1):
+        for name in sorted(one.wanted):
+            if name not in names:
+                raise DispatchError(
+                    f"Example {place} wants {name!r}, which the library lacks." + did_you_mean(name, names)
+                )
+
+
+def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Return what is learnt from, and what settings are chosen on: every fifth of those that want the same experts."""
+    seen: Counter[frozenset[str]] = Counter()
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for one in examples:
+        seen[one.wanted] += 1
+        parts[seen[one.wanted] % 5 == 0].append(one)
+    return parts
 
 
 # --- examples
@@ -234,20 +277,40 @@ def _read(path: Path) -> Iterator[Example]:
     empty = True
     for place, row in json_rows(path, DispatchError):
         messages = row.get("messages") if isinstance(row, dict) else None
-        if not messages or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise DispatchError(f"{path.name}:{place}: found {str(row)[:80]!r}, {form}.")
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise DispatchError(
+                f"{path.name}:{place}: the last message is of the role {messages[-1]['role']!r}, expected user or "
+                "tool, to which the assistant replies."
+            )
         wanted = row.get("experts")
         if not isinstance(wanted, list) or not all(isinstance(one, str) for one in wanted):
             raise DispatchError(f"{path.name}:{place}: experts is {wanted!r}, {form}.")
-        for tool in row.get("tools") or ():
+        tools = row.get("tools") or []
+        if not isinstance(tools, list):
+            raise DispatchError(f"{path.name}:{place}: tools is {tools!r}, {form}.")
+        for tool in tools:
             check_tool(tool)
         reply = row.get("reply") or ""
         if not isinstance(reply, str):
             raise DispatchError(f"{path.name}:{place}: reply is {str(reply)[:80]!r}, expected a text.")
-        yield Example(Context(tuple(messages), tuple(row.get("tools") or ())), frozenset(wanted), reply=reply)
+        yield Example(Context(tuple(messages), tuple(tools)), frozenset(wanted), reply=reply)
         empty = False
     if empty:
         raise DispatchError(f"{path} holds no examples, {form}.")
+
+
+def _is_message(one: Any) -> bool:
+    """Return whether this is a message: a role, and a text, calls or both."""
+    if not isinstance(one, dict) or not isinstance(one.get("role"), str):
+        return False
+    try:
+        calls = calls_of(one)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    content = one.get("content")
+    return isinstance(content, str) or (content is None and bool(calls))
 
 
 # --- asking the base what a context needs
@@ -398,6 +461,9 @@ def decide(
         DispatchError: the dispatcher is for another base or other experts, an empty conversation.
         TooLongError: a last turn that does not fit the model.
     """
+    for place, one in enumerate(contexts):
+        if not isinstance(one, Context):
+            raise DispatchError(f"Conversation {place} is a {type(one).__name__}; expected Context(messages, tools).")
     dispatcher.check(model, library)
     found: dict[int, Decision] = {}
     for places, ids, seen in _batches(model, contexts, batch_size, progress):
@@ -515,6 +581,30 @@ def _experts(model: SpectralModel, experts: Sequence[str], library: Mapping[str,
     return {name: hashlib.sha256(one.cpu().contiguous().numpy().data).hexdigest() for name, one in rows.items()}
 
 
+def _check_made_for(made_for: Any) -> None:
+    """Check what a file says of base and experts.
+
+    Raises:
+        ValueError: it is not of the form that `stamp` returns.
+    """
+    digests = made_for["experts"]
+    said = (made_for["base"], made_for["weights"], *digests, *digests.values())
+    if not digests or not all(isinstance(one, str) for one in said):
+        raise ValueError(f"made_for {made_for}")
+
+
+def finite_weights(card: Any) -> dict[str, float]:
+    """Return weights by name, as a file holds them.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    found = {str(name): float(one) for name, one in card.items()}
+    if not all(map(math.isfinite, found.values())):
+        raise ValueError(f"weights {found}")
+    return found
+
+
 KIND = "svdexpert.dispatcher"
 VERSION = 1
 
@@ -535,18 +625,24 @@ def save_dispatcher(dispatcher: Any, path: str | Path) -> Path:
     try:
         with whole_file(path) as temporary:
             save_file({name: one.contiguous() for name, one in tensors.items()}, temporary, {KIND: text})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DispatchError(f"{path} cannot be written ({error}); what was there before is intact.") from error
     return path
 
 
-def open_file(path: str | Path) -> Dispatcher:
+def open_file(path: str | Path, strategy: str | None = None) -> Dispatcher:
     """Return the dispatcher in a file.
 
+    Args:
+        path: of the file.
+        strategy: that made it, where it is one of one's own, as for `load`. A file runs no code that it names itself.
+
     Raises:
-        DispatchError: no such file, not one of ours, damaged, or of a later version.
+        DispatchError: no such file, not one of ours, damaged, of a later version, or of another strategy.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DispatchError(f"{path} is a folder; a dispatcher is one file, which svdexpert dispatch fit makes.")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(KIND)
@@ -561,6 +657,14 @@ def open_file(path: str | Path) -> Dispatcher:
             raise DispatchError(f"{path} has version {card['version']}, this library reads {VERSION}: fit it again.")
         if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
             raise DispatchError(f"{path} holds NaN or infinite values: fit it again.")
-        return cast(Dispatcher, load(card["strategy"]).restored(card, tensors))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        made_by = card["strategy"]
+        if made_by not in names() and strategy is None:
+            raise DispatchError(
+                f"{path} was made by {made_by!r}, a strategy of somebody's own, whose code would run here: if you "
+                "trust it, give its file or import path as `strategy`."
+            )
+        if "made_for" in card:
+            _check_made_for(card["made_for"])
+        return cast(Dispatcher, load(strategy or made_by).restored(card, tensors))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DispatchError(f"{path} is damaged ({type(error).__name__}: {error}): fit it again.") from error

@@ -98,7 +98,10 @@ def fit(
         file = Path(folder) / "labels.jsonl"
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         recipe = recipe or Recipe(steps=200, learning_rate=0.03, accumulate=2)
-        expert = train(model, str(file), "sft", recipe=recipe, progress=progress)
+        try:
+            expert = train(model, str(file), "sft", recipe=recipe, progress=progress)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("of a classification expert nothing is kept before it is finished") from error
     offsets = expert.flat(model.basis)
     how = (expert.invocation, expert.core, expert.reach)
     return Classify(given, nobody, stamp(model, tuple(library), library), offsets, *how)

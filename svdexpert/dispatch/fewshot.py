@@ -12,6 +12,8 @@ found weights are: measure that on other cases.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -23,8 +25,8 @@ from torch import Tensor
 from svdexpert.completions import Batch, log_probabilities, logits
 from svdexpert.conversation import as_message, completion, prompt_of, tokenizer_of, turn_ends
 from svdexpert.decision import Asked, Decision, present
-from svdexpert.dispatch import Example
-from svdexpert.errors import DispatchError
+from svdexpert.dispatch import Example, finite_weights
+from svdexpert.errors import DispatchError, TooLongError
 from svdexpert.expert import Expert, offset_shapes
 from svdexpert.forward import prefill
 from svdexpert.mixture import Bank, Mixture
@@ -85,8 +87,7 @@ class FewShot:
 
 def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FewShot:
     """Return what was stored."""
-    weights = {str(name): float(one) for name, one in card["weights"].items()}
-    return FewShot(weights, float(card["loss"]), int(card["evaluations"]))
+    return FewShot(finite_weights(card["weights"]), float(card["loss"]), int(card["evaluations"]))
 
 
 def fit(
@@ -102,12 +103,48 @@ def fit(
 ) -> FewShot:
     """Return the weights, one an expert, under which the examples' replies are likeliest; see `search`.
 
-    Examples without a reply are not looked at.
+    Examples without a reply are not looked at; those that do not fit the model with it are left out, with a warning.
+
+    Raises:
+        DispatchError: no example has a reply and fits.
     """
-    shots = [one for one in examples if one.reply]
+    replied = [one for one in examples if one.reply]
+    shots = [one for one in replied if _fits(model, one)]
+    if not shots:
+        raise DispatchError(
+            f"Few-shot search needs examples with a reply: {len(replied)} of {len(examples)} have one, and of these "
+            f"{len(shots)} fit the model. Give `reply` in each."
+        )
+    if len(shots) < len(replied):
+        warnings.warn(
+            f"{len(replied) - len(shots)} of {len(replied)} examples were left out: with their reply they are longer "
+            "than the model's context.",
+            stacklevel=2,
+        )
     found = search(model, library, shots, method=method, evaluations=evaluations, rate=rate, seed=seed)
     weights = dict(zip(library, found.weights.tolist(), strict=True))
     return FewShot(weights, found.losses[-1], len(found.losses))
+
+
+def _fits(model: SpectralModel, shot: Example) -> bool:
+    """Return whether a context and its reply fit the model."""
+    try:
+        _tokens(model, shot)
+    except TooLongError:
+        return False
+    return True
+
+
+def _tokens(model: SpectralModel, shot: Example) -> tuple[list[int], list[int]]:
+    """Return the ids of the prompt and of the reply.
+
+    Raises:
+        TooLongError: they do not fit the model.
+    """
+    tokenizer, (end, _) = tokenizer_of(model), turn_ends(model)
+    messages, tools = list(shot.context.messages), list(shot.context.tools)
+    reply = completion(tokenizer, messages, tools, as_message(shot.reply), end)
+    return prompt_of(model, messages, tools, [], len(reply)).ids, reply
 
 
 def search(
@@ -136,9 +173,12 @@ def search(
         seed: of the cross-entropy method's draws.
 
     Raises:
-        DispatchError: no experts, no shots, a shot without a reply, an unknown method.
+        DispatchError: no experts, no shots, a shot without a reply, an unknown method, no evaluation, a rate that is
+            not positive.
     """
     present((), library)
+    if evaluations < 1 or not (math.isfinite(rate) and rate > 0):
+        raise DispatchError(f"evaluations is {evaluations}, rate {rate}; expected at least 1, and a positive number.")
     if not shots or not all(one.reply for one in shots):
         raise DispatchError(
             f"Few-shot search needs examples with a reply: {sum(bool(one.reply) for one in shots)} of {len(shots)} "
@@ -168,16 +208,8 @@ def search(
 
 def loss_of(model: SpectralModel, bank: Bank, shots: Sequence[Example]) -> Callable[[Tensor], Tensor]:
     """Return the loss of shots as a function of offsets (n), in nats a token; contexts are read once."""
-    tokenizer, (end, _) = tokenizer_of(model), turn_ends(model)
-    replies = [
-        completion(tokenizer, one.context.messages, list(one.context.tools), as_message(one.reply), end)
-        for one in shots
-    ]
-    prompts = [
-        prompt_of(model, one.context.messages, list(one.context.tools), [], len(reply)).ids
-        for one, reply in zip(shots, replies, strict=True)
-    ]
-    batch = Batch.of(prompts, [[reply] for reply in replies], bank.offsets.device)
+    prompts, replies = zip(*(_tokens(model, one) for one in shots), strict=True)
+    batch = Batch.of(list(prompts), [[reply] for reply in replies], bank.offsets.device)
     before = prefill(model, batch.contexts, batch.seen, bank.invocation)
 
     def loss(offsets: Tensor) -> Tensor:

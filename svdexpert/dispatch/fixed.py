@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from svdexpert.decision import Asked, Decision, present
-from svdexpert.dispatch import Example
+from svdexpert.dispatch import Example, finite_weights
 from svdexpert.errors import DispatchError
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank
@@ -84,4 +84,4 @@ def fit(
 
 def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fixed:
     """Return what was stored."""
-    return Fixed({str(name): float(one) for name, one in card["weights"].items()}, card["because"])
+    return Fixed(finite_weights(card["weights"]), str(card["because"]))

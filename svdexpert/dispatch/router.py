@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from svdexpert.conversation import Prompt, answers, as_message, completion, prompt_of, tokenizer_of, turn_ends
 from svdexpert.decision import Asked, Decision
-from svdexpert.dispatch import Example, check, stamp, states_of
+from svdexpert.dispatch import Example, check, finite_weights, stamp, states_of
 from svdexpert.errors import DispatchError, TooLongError
 from svdexpert.expert import Expert
 from svdexpert.forward import Contexts
@@ -85,6 +85,11 @@ class Router:
         """Return a decision for every row of `asked.state`."""
         if asked.state is None:
             raise DispatchError("A router reads the state of the prompt, and was given none.")
+        if asked.state.shape[-1] != self.weight.shape[-1]:
+            raise DispatchError(
+                f"The router reads states of {self.weight.shape[-1]} numbers, and this base has "
+                f"{asked.state.shape[-1]}: fit one on it."
+            )
         table = probabilities(asked.state, self.weight, self.bias)
         return [self._decision(dict(zip(self.experts, row, strict=True))) for row in table.tolist()]
 
@@ -114,7 +119,10 @@ def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:
     weight, bias = tensors["weight"], tensors["bias"]
     if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(card["made_for"]["experts"]) != len(bias):
         raise ValueError(f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")
-    return Router(weight, bias, float(card["abstain_below"]), card["made_for"], card["strengths"], card["scores"])
+    threshold, strengths = float(card["abstain_below"]), finite_weights(card["strengths"])
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"abstain_below {threshold}")
+    return Router(weight, bias, threshold, card["made_for"], strengths, dict(card["scores"]))
 
 
 def probabilities(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -152,8 +160,10 @@ def fit(
 
     Raises:
         DispatchError: an expert that no example wants, nothing to choose settings on, `together` names an expert that
-            is not there, a strength below 1/2.
+            is not there, a strength below 1/2, pairs below 0, a batch without rows.
     """
+    if not (math.isfinite(pairs) and pairs >= 0) or batch_size < 1:
+        raise DispatchError(f"pairs is {pairs} and batch_size {batch_size}; expected at least 0, and at least 1.")
     if strength is not None and not (math.isfinite(strength) and strength >= 0.5):
         raise DispatchError(f"strength is {strength}: expected a number of at least 0.5, or none to have it chosen.")
     names = tuple(library)
@@ -163,7 +173,8 @@ def fit(
             raise DispatchError(f"No example wants {name!r}: give some, or leave it out of the library.")
     if not validation:
         raise DispatchError(
-            f"There are {len(examples)} examples and none to choose settings on: give at least 5, or some for it alone."
+            f"There are {len(examples)} examples and none to choose settings on: give at least 5 that want the same, "
+            "or some for it alone."
         )
     states = states_of(model, [one.context for one in examples], batch_size=batch_size, progress=progress).double()
     held = states_of(model, [one.context for one in validation], batch_size=batch_size, progress=progress).double()
