@@ -5,24 +5,39 @@ imported before a verb runs, so that `svdexpert --help` answers at once; for the
 postponed here (jsonargparse would import everything under TYPE_CHECKING to resolve them).
 """
 
+import difflib
+import os
 import re
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from jsonargparse.typing import PositiveInt
 
 from svdexpert import __version__
-from svdexpert.errors import BasisError, ExpertError, ExportError, MixtureError, SvdExpertError
+from svdexpert.errors import (
+    BasisError,
+    DispatchError,
+    ExpertError,
+    ExportError,
+    MixtureError,
+    SvdExpertError,
+)
 from svdexpert.recipe import Recipe
+
+Names = list[str] | str
+"""Names as people type them: [one, another], or one alone."""
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rich.console import Console
+    from rich.table import Table
     from transformers import PreTrainedModel
 
-    from svdexpert.dispatch import Example
+    from svdexpert.dispatch import Dispatcher, Example
     from svdexpert.expert import Expert
     from svdexpert.model import SpectralModel
 
@@ -32,7 +47,7 @@ def decompose_model(
     k: int | Literal["full"] = 64,
     support: Literal["top", "sensitivity"] = "top",
     first_layer: int | None = None,
-    targets: list[str] | None = None,
+    targets: Names | None = None,
     calibration: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
@@ -67,7 +82,7 @@ def decompose_model(
         k=k,
         support=support,
         first_layer=first_layer,
-        targets=targets,
+        targets=_names(targets),
         calibration=texts,
         revision=revision,
         dtype=dtype,
@@ -79,10 +94,11 @@ def decompose_model(
 
 
 def inspect(path: str, plot: str | None = None, revision: str | None = None) -> None:
-    """Show an expert, a library with the conflicts in it, or what could be adapted in a model.
+    """Show an expert, a library with the conflicts in it, a dispatcher, or what could be adapted in a model.
 
     Args:
-        path: folder of an expert or a library, a hub library as hf://OWNER/NAME, or a model (hub id or folder).
+        path: folder of an expert or a library, a hub library as hf://OWNER/NAME, file of a dispatcher, or a model (hub
+            id or folder).
         plot: picture to write (.png, .pdf, .svg): offsets of an expert, conflict matrix of a library.
         revision: branch, tag or commit of a hub id.
     """
@@ -109,11 +125,13 @@ def inspect(path: str, plot: str | None = None, revision: str | None = None) -> 
         if picture is not None:
             report.plot_conflict(experts, picture)
             _show(f"picture in {picture}")
+    elif place.is_file() and picture is None:
+        _show(_dispatcher_table(path))
     else:
         if place.is_dir() and not (place / "config.json").is_file():
             raise ExpertError(f"{path} is neither an expert, nor a library of experts, nor a model.")
         if picture is not None:
-            raise ExpertError("--plot draws experts and libraries; this is a model.")
+            raise ExpertError("--plot draws experts and libraries; this is neither.")
         _show(report.model_table(_empty_model(path, revision)))
 
 
@@ -122,6 +140,8 @@ def generate(
     prompt: str,
     experts: str | None = None,
     mix: dict[str, float] | list[dict[str, float]] | None = None,
+    dispatcher: str | None = None,
+    why: bool = False,
     chat: bool = False,
     tools: str | None = None,
     max_new_tokens: PositiveInt = 64,
@@ -141,6 +161,8 @@ def generate(
         experts: folder of an expert, or of a library; without it the base answers.
         mix: weights by name, e.g. '{ask: 0.7, doubt: 0.3}', or a list of such; {} is the base. Default: a lone expert
             at weight 1.
+        dispatcher: file that `svdexpert dispatch fit` wrote; it decides who speaks instead of --mix, with --chat.
+        why: say what its decision was based on.
         chat: put the prompt through the chat template.
         tools: JSON file with a list of functions (JSON schemas), with --chat.
         max_new_tokens: upper bound of the reply.
@@ -156,35 +178,54 @@ def generate(
     from rich.table import Table
     from rich.text import Text
 
+    from svdexpert.chat import spoken
+    from svdexpert.decision import Decision
+
     library = _experts(experts)
-    wanted = mix if mix is not None else _alone(library, experts)
-    rows = [wanted] if isinstance(wanted, dict) else wanted
-    if not rows:
-        raise MixtureError("--mix is an empty list: give at least one mixture, {} is the base.")
-    if experts is None and any(rows):
-        raise MixtureError("--mix names experts: say where they are with --experts FOLDER.")
     known = _tools(tools)
     if known and not chat:
         raise SvdExpertError("--tools are functions for a conversation: add --chat.")
+    rows: list[dict[str, float]] = [{}]
+    made = None
+    if dispatcher is not None:
+        if mix is not None:
+            raise MixtureError("--mix and --dispatcher both say who speaks: give one of them.")
+        if not chat:
+            raise DispatchError("--dispatcher decides on conversations: add --chat.")
+        made = _dispatcher(dispatcher, library)
+    elif why:
+        raise DispatchError("--why asks what a dispatcher's decision was based on: add --dispatcher FILE.")
+    else:
+        wanted = mix if mix is not None else _alone(library, experts)
+        rows = [wanted] if isinstance(wanted, dict) else wanted
+        if not rows:
+            raise MixtureError("--mix is an empty list: give at least one mixture, {} is the base.")
+        if experts is None and any(rows):
+            raise MixtureError("--mix names experts: say where they are with --experts FOLDER.")
     loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
     torch.manual_seed(seed)
+    decisions = [Decision(row, 1.0, "given") for row in rows]
     turn = [{"role": "user", "content": prompt}] if chat else prompt
+    who: dict[str, Any] = {"experts": rows}
+    if made is not None:
+        who = {"dispatcher": made, "on_decision": lambda found: decisions.__setitem__(slice(None), found)}
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     replies = loaded.generate(
         cast(Any, [turn] * len(rows)),
-        rows,
         library=library,
         tools=known or None,
         max_new_tokens=max_new_tokens,
+        **who,
         **sampling,
     )
     table = Table(show_lines=True)
     table.add_column("mixture")
     table.add_column("reply", overflow="fold")
-    for row, reply in zip(rows, replies, strict=True):
-        mixture = ", ".join(f"{name} {weight:g}" for name, weight in row.items()) or "base"
-        table.add_row(Text(mixture), Text(str(reply)))
+    for decision, reply in zip(decisions, replies, strict=True):
+        table.add_row(Text(spoken(decision)), Text(str(reply)))
     _show(table)
+    if why:
+        _show(f"confidence {decisions[0].confidence:.2f}: {decisions[0].because}")
 
 
 def export(
@@ -223,6 +264,7 @@ def export(
     """
     from svdexpert.export import check_lora, export_lora, merge
 
+    _folder_to_write("FOLDER", folder)
     library = _experts(experts)
     if mix == {}:
         raise MixtureError("--mix is empty: there is nothing to export.")
@@ -247,7 +289,7 @@ def knowing_doing(
     model: str = "harbor",
     world: Literal["town", "sgd", "bfcl", "bfcl-asks", "sycon"] = "town",
     data: str | None = None,
-    families: list[str] | None = None,
+    families: Names | None = None,
     split: Literal["train", "validation", "heldout"] = "heldout",
     n: PositiveInt = 200,
     seed: int = 0,
@@ -288,6 +330,7 @@ def knowing_doing(
     from svdexpert import evaluate, report, worlds
     from svdexpert.storage import whole_file
 
+    folder = _folder_to_write("--out", out)
     place = worlds.load(world, data)
     library = _experts(experts)
     if mix and experts is None:
@@ -299,7 +342,7 @@ def knowing_doing(
     results = evaluate.knowing_doing(
         loaded,
         place,
-        families=families or evaluate.FAMILIES_OF.get(world, evaluate.FAMILIES),
+        families=_names(families) or evaluate.FAMILIES_OF.get(world, evaluate.FAMILIES),
         split=split,
         n=n,
         seed=seed,
@@ -314,7 +357,6 @@ def knowing_doing(
     skipped: list[str] = getattr(place, "skipped", [])
     if skipped:
         _show(f"{len(skipped)} rows were left out; the first: {skipped[0]}")
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {"model": model, "world": world, "split": split, "n": n, "seed": seed}
     settings |= {"version": __version__, "world_version": getattr(place, "version", 1), "skipped": skipped}
@@ -383,7 +425,7 @@ def train_experts(
     _quiet_when_piped()
     skills = [skill] if isinstance(skill, str) else skill
     name = "-".join([*(Path(one).stem if is_file(one) else stem(one) for one in skills), objective])
-    folder = Path(out or f"runs/train/{name}")
+    folder = _folder_to_write("--out", out or f"runs/train/{name}")
     frozen = _experts(against)
     if frozen:
         asked = {"k": (k, 64), "support": (support, "top"), "first_layer": (first_layer, None)}
@@ -434,11 +476,11 @@ def _scores(scores: "Mapping[str, Any]") -> str:
 
 
 def fit_dispatcher(
-    experts: str,
+    experts: str | None = None,
     model: str = "harbor",
     strategy: str = "router",
     out: str = "runs/dispatcher.safetensors",
-    skills: list[str] | None = None,
+    skills: Names | None = None,
     examples: str | None = None,
     world: Literal["town", "sgd"] = "town",
     data: str | None = None,
@@ -453,7 +495,7 @@ def fit_dispatcher(
     """Make a dispatcher, which decides who speaks in a conversation.
 
     Args:
-        experts: folder of the library that it chooses from.
+        experts: folder of the library that it chooses from; needed.
         model: hub id or local folder; "harbor" is the embedded base.
         strategy: router, prompt, classify, fewshot or fixed, or one's own, a Python file or an import path.
         out: file to write; an earlier one is replaced.
@@ -471,29 +513,47 @@ def fit_dispatcher(
     """
     from svdexpert import dispatch, evaluate, report, worlds
 
-    dispatch.load(strategy)  # a typing mistake is told before anything is loaded
-    library = _experts(experts)
-    loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
-    held: list[Any] = []
+    strategy_fit = dispatch.load(strategy).fit  # a typing mistake is told before anything is loaded
+    file = _file_to_write("--out", out)
+    library = _chosen_from(experts)
+    progress = sys.stderr.isatty()
+    if "progress" in signature(strategy_fit).parameters:
+        settings = {"progress": progress, **settings}
     if examples is not None:
-        rows = dispatch.read_examples(examples)
+        rows, held = dispatch.read_examples(examples), []
     else:
-        place, names = worlds.load(world, data), skills or _skills(library)
+        place, names = worlds.load(world, data), _names(skills) or _skills(library)
         rows = dispatch.examples_of(names, place, "train", n, seed=seed)
         held = dispatch.examples_of(names, place, "validation", validation, seed=seed)
+    loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     rows, held = _fitting(loaded, rows), _fitting(loaded, held)
     made = dispatch.fit(strategy, loaded, library, rows, held, **settings)
-    _show(f"{dispatch.save_dispatcher(made, out)}: {strategy} for {', '.join(library)}")
+    _show(f"{dispatch.save_dispatcher(made, file)}: {strategy} for {', '.join(library)}")
+    scores = cast(Any, made).stored()[0].get("scores")
     if held:
-        decisions = dispatch.decide(made, loaded, [one.context for one in held], library)
+        decisions = dispatch.decide(made, loaded, [one.context for one in held], library, progress=progress)
         _show(report.dispatch_table(evaluate.judge([one.wanted for one in held], decisions)))
+    elif scores:
+        _show(_listed(scores))
+    if held or scores:
+        _show("Those are cases that its settings are chosen on: svdexpert dispatch eval measures it on others.")
+
+
+def _listed(values: "Mapping[str, Any]") -> str:
+    """Return values by name as a line.
+
+    >>> _listed({"n": 8, "calibration_error": 0.12345})
+    'n 8, calibration error 0.123'
+    """
+    shown = {key: f"{one:.3g}" if isinstance(one, float) else one for key, one in values.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {one}" for key, one in shown.items())
 
 
 def eval_dispatcher(
     dispatcher: str,
-    experts: str,
+    experts: str | None = None,
     model: str = "harbor",
-    skills: list[str] | None = None,
+    skills: Names | None = None,
     examples: str | None = None,
     world: Literal["town", "sgd"] = "town",
     data: str | None = None,
@@ -509,7 +569,7 @@ def eval_dispatcher(
 
     Args:
         dispatcher: file that `svdexpert dispatch fit` wrote.
-        experts: folder of its library.
+        experts: folder of its library; needed.
         model: hub id or local folder; "harbor" is the embedded base.
         skills: whose cases it is measured on; by default those that the experts are named after.
         examples: JSONL file of one's own instead: messages, experts (a list of names), maybe tools.
@@ -528,24 +588,26 @@ def eval_dispatcher(
     from svdexpert import dispatch, evaluate, report, worlds
     from svdexpert.storage import whole_file
 
-    made, library = dispatch.open_file(dispatcher), _experts(experts)
-    loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
+    library = _chosen_from(experts)
+    made = _dispatcher(dispatcher, library)
+    file = None if log is None else _file_to_write("--log", log)
     if examples is not None:
         rows = dispatch.read_examples(examples)
     else:
-        names = skills or _skills(library)
+        names = _names(skills) or _skills(library)
         rows = dispatch.examples_of(names, worlds.load(world, data), split, n, seed=seed)
+    loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     rows = _fitting(loaded, rows)
     decisions = dispatch.decide(made, loaded, [one.context for one in rows], library, progress=sys.stderr.isatty())
     _show(report.dispatch_table(evaluate.judge([one.wanted for one in rows], decisions)))
-    if log is not None:
-        with whole_file(Path(log)) as temporary:
+    if file is not None:
+        with whole_file(file) as temporary:
             lines = [
                 json.dumps({"wanted": sorted(one.wanted), "messages": list(one.context.messages), **made.as_json()})
                 for one, made in zip(rows, decisions, strict=True)
             ]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        _show(f"decisions in {log}")
+        _show(f"decisions in {file}")
 
 
 def talk(
@@ -558,7 +620,7 @@ def talk(
     hysteresis: float = 0.1,
     history: str | None = None,
     max_new_tokens: PositiveInt = 128,
-    in_turn: list[str] | None = None,
+    in_turn: Names | None = None,
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -580,19 +642,22 @@ def talk(
         device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
         trust_remote_code: run modelling code from the repository.
     """
-    from svdexpert import chat, dispatch
+    from svdexpert import chat
     from svdexpert.dialogue import Conversation
 
     library = _experts(experts)
-    made = dispatch.open_file(dispatcher) if dispatcher is not None else None
+    if in_turn and dispatcher is None:
+        raise DispatchError("--in_turn orders the experts that a dispatcher chooses: add --dispatcher FILE.")
+    made = None if dispatcher is None else _dispatcher(dispatcher, library)
     known = _tools(tools)
+    file = None if history is None else _file_to_write("--history", history)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     if made is not None:
         made.check(loaded, library)
     conversation = Conversation(
-        loaded, library, made, known, instructions, policy, hysteresis, max_new_tokens, in_turn or ()
+        loaded, library, made, known, instructions, policy, hysteresis, max_new_tokens, _names(in_turn) or ()
     )
-    chat.run(conversation, None if history is None else Path(history))
+    chat.run(conversation, file, console=_console())
 
 
 def demo(folder: str = "runs/demo", n: PositiveInt = 64, data: str | None = None) -> None:
@@ -620,6 +685,79 @@ def _skills(library: "Mapping[str, Expert]") -> list[str]:
             "whose cases are meant with --skills, or give --examples."
         )
     return found
+
+
+def _names(names: Names | None) -> list[str] | None:
+    return [names] if isinstance(names, str) else names
+
+
+def _dispatcher(path: str, library: "Mapping[str, Expert]") -> "Dispatcher":
+    """Return the dispatcher in a file, which may choose from a library."""
+    from svdexpert import dispatch
+
+    if not library:
+        raise DispatchError("A dispatcher chooses from experts: say where they are with --experts FOLDER.")
+    if Path(path).is_dir():
+        raise DispatchError(
+            f"{path} is a folder, and a dispatcher is a file, which svdexpert dispatch fit writes. Folders of experts "
+            "are given with --experts."
+        )
+    return dispatch.open_file(path)
+
+
+def _dispatcher_table(path: str) -> "Table":
+    """Return what a file says of a dispatcher."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from svdexpert import dispatch
+
+    made = cast(Any, dispatch.open_file(path))
+    card = dict(made.stored()[0])
+    base = card.pop("made_for", {}).get("base")  # the rest of it are digests
+    table = Table()
+    table.add_column("dispatcher")
+    table.add_column(Text(path))
+    about = {"strategy": made.strategy, "base": base or "any", "experts": ", ".join(made.experts), **card}
+    for key, value in about.items():
+        table.add_row(key.replace("_", " "), Text(_listed(value) if isinstance(value, dict) else str(value)))
+    return table
+
+
+def _chosen_from(path: str | None) -> "Mapping[str, Expert]":
+    """Return the experts that a dispatcher chooses from."""
+    if path is None:
+        raise ExpertError("A dispatcher chooses from experts: say where they are with --experts FOLDER.")
+    return _experts(path)
+
+
+def _file_to_write(option: str, path: str) -> Path:
+    """Return the path of a file that can be written, before the work that would be lost otherwise; makes nothing.
+
+    Raises:
+        SvdExpertError: it is a folder, or its folder cannot be made or written to.
+    """
+    if Path(path).is_dir():
+        raise SvdExpertError(f"{option} {path} is a folder: give the path of a file, in that folder or elsewhere.")
+    return _writable(option, Path(path))
+
+
+def _folder_to_write(option: str, path: str) -> Path:
+    """Return the path of a folder that can be written, before the work that would be lost otherwise; makes nothing.
+
+    Raises:
+        SvdExpertError: it is a file, or it cannot be made or written to.
+    """
+    return _writable(option, Path(path) / "file").parent
+
+
+def _writable(option: str, path: Path) -> Path:
+    nearest = next(one for one in path.resolve().parents if one.exists())
+    if not nearest.is_dir():
+        raise SvdExpertError(f"{option} {path}: {nearest} is a file, where a folder is needed. Choose another place.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise SvdExpertError(f"{option} {path}: nothing can be written in {nearest}. Choose another place.")
+    return path
 
 
 def _tools(path: str | None) -> list[Any]:
@@ -652,6 +790,8 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SvdExpertError(f"{path} is no text in UTF-8: {error}.") from error
+    except OSError as error:
+        raise SvdExpertError(f"{path} cannot be read ({error.strerror}): expected the path of a file.") from error
 
 
 def _fitting(model: "SpectralModel", examples: "Sequence[Example]") -> "list[Example]":
@@ -676,7 +816,13 @@ def _experts(path: str | None) -> "Mapping[str, Expert]":
     if path.startswith("hf://"):
         return Library.from_hub(path.removeprefix("hf://"))
     place = Path(path)
-    if (place / "expert.json").is_file() or not place.is_dir():
+    if not place.is_dir():
+        found = "is a file" if place.exists() else "does not exist"
+        raise ExpertError(
+            f"{path} {found}; experts are folders, each with expert.json, alone or several in a library. svdexpert "
+            "train makes them and says where."
+        )
+    if (place / "expert.json").is_file():
         return {place.name: Expert.load(place)}
     library = Library(place)
     if not library:
@@ -755,24 +901,28 @@ def _quiet_when_piped() -> None:
 
 
 def _show(what: object) -> None:
+    _console().print(what, highlight=False, markup=False)
+
+
+def _console() -> "Console":
     from rich.console import Console
 
     # Piped output has no width of its own; tables of names should not be cut there.
-    Console(width=None if sys.stdout.isatty() else 160).print(what, highlight=False, markup=False)
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def run_command(components: Any, prog: str, **options: Any) -> None:
     """Run typed functions as a command line; library errors end it with their message and status 1.
 
     Args:
-        components: a function, or functions by verb.
+        components: a function, or functions by verb; verbs may have verbs.
         prog: name of the program.
         options: of jsonargparse's auto_cli.
     """
     from jsonargparse import ArgumentParser, auto_cli
 
     class Parser(ArgumentParser):
-        """Takes --flag and --no_flag for a bool, as people write them, instead of --flag=true."""
+        """Takes --flag and --no_flag for a bool, instead of --flag=true, and ends a mistake in a line or two."""
 
         def add_argument(self, *names: Any, **settings: Any) -> Any:
             from jsonargparse import ActionYesNo  # here, because jsonargparse copies this method into its groups
@@ -782,9 +932,21 @@ def run_command(components: Any, prog: str, **options: Any) -> None:
                 settings["action"] = ActionYesNo(no_prefix="no_")
             return super().add_argument(*names, **settings)
 
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            unknown = re.search(r"(?:ption '|unrecognized arguments: --)([\w.]+)", message)
+            known = [one.dest.rpartition(".")[2] for one in self._actions]
+            close = difflib.get_close_matches(unknown[1].rpartition(".")[2], known, n=1) if unknown else []
+            guess = f". Did you mean {close[0]!r}?" if close else ""
+            name = self.prog.replace(" [options]", "")
+            print(f"{name}: {message}{guess}\nSee {name} --help", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell one another is not for the user of a command
+    name, words = prog, sys.argv[1:]
+    while isinstance(components, dict) and words and words[0] in components:  # one verb, one parser: its own messages
+        components, name, words = components[words[0]], f"{name} {words[0]}", words[1:]
     try:
-        auto_cli(components, prog=prog, parser_class=Parser, **options)
+        auto_cli(components, configs_first(words), prog=name, parser_class=Parser, allow_abbrev=False, **options)
     except (SvdExpertError, OSError) as error:
         said = re.sub(r"\b([a-z_]+)=True", r"--\1", str(error))  # arguments of functions are options here
         print(f"{prog}: {said}", file=sys.stderr)  # noqa: T201
@@ -793,6 +955,20 @@ def run_command(components: Any, prog: str, **options: Any) -> None:
         left = error.args[0] if error.args else "nothing half-written is left"
         print(f"{prog}: interrupted; {left}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
+
+
+def configs_first(words: "Sequence[str]") -> list[str]:
+    """Return the words of a command with its configs first, so that what is typed wins over them wherever it stands.
+
+    >>> configs_first(["--n", "8", "--config", "a.yaml", "--seed", "1", "--config=b.yaml"])
+    ['--config', 'a.yaml', '--config=b.yaml', '--n', '8', '--seed', '1']
+    """
+    configs: list[str] = []
+    rest: list[str] = []
+    for word in words:
+        is_config = word.split("=")[0] == "--config" or configs[-1:] == ["--config"]
+        (configs if is_config else rest).append(word)
+    return configs + rest
 
 
 def main() -> None:

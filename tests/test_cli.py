@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -194,8 +195,16 @@ def test_mistakes_end_with_a_message(run: Run, base: Path, library: Path, tmp_pa
     tiny("gpt2").save_pretrained(other)
     assert f"made for {base}" in run("generate", other, "hi", "--experts", library / "ask", fails=True)
     assert "neither an expert, nor a library" in run("inspect", tmp_path, fails=True)
-    assert "this is a model" in run("inspect", base, "--plot", tmp_path / "x.png", fails=True)
-    assert "does not exist" in run("generate", base, "hi", "--experts", tmp_path / "none", fails=True)
+    assert "this is neither" in run("inspect", base, "--plot", tmp_path / "x.png", fails=True)
+    told = run("generate", base, "hi", "--experts", tmp_path / "none", fails=True)
+    assert "does not exist; experts are folders" in told
+    assert "svdexpert train makes them" in told
+    assert "nofile.json cannot be read (No such file" in run("chat", "--tools", "nofile.json", fails=True)
+    assert "give one of them" in run(
+        "generate", base, "hi", "--experts", library, "--mix", "{}", "--dispatcher", "any", fails=True
+    )
+    assert "add --chat" in run("generate", base, "hi", "--experts", library, "--dispatcher", "any", fails=True)
+    assert "add --dispatcher FILE" in run("generate", base, "hi", "--why", fails=True)
     assert "no/such-model" in run("decompose", "no/such-model", fails=True)
     assert not (tmp_path / "x").exists()
 
@@ -263,9 +272,15 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
     run: Run, skilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router, log = tmp_path / "router.safetensors", tmp_path / "log.jsonl"
-    said = run("dispatch", "fit", skilled, "--out", router, "--n", 40, "--validation", 20)
+    fit = ("dispatch", "fit", "--experts", skilled, "--out", router, "--settings.strength", 1.5)
+    said = run(*fit, "--n", 40, "--validation", 20)
     assert "router for call, clarify, disagree" in said
-    said = run("dispatch", "eval", router, skilled, "--n", 20, "--log", log)
+    assert "right in" in said
+    assert "cases that its settings are chosen on" in said
+    shown = run("inspect", router)
+    for words in ("router", "harbor", "call, clarify, disagree", "accuracy", "calibration error", "clarify 1.5"):
+        assert words in shown
+    said = run("dispatch", "eval", router, "--experts", skilled, "--n", 20, "--log", log)
     assert "should speak" in said
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert 90 < len(rows) <= 100  # 20 cases and 10 knowing questions a skill, and replies of functions
@@ -273,7 +288,12 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
     own = tmp_path / "own.jsonl"
     lines = [{"messages": row["messages"], "experts": row["wanted"]} for row in rows]
     own.write_text("\n".join(map(json.dumps, lines)))
-    assert "right in" in run("dispatch", "eval", router, skilled, "--examples", own)
+    assert "right in" in run("dispatch", "eval", router, "--experts", skilled, "--examples", own)
+    said = run(*fit, "--examples", own)
+    assert re.search(r"n \d+, accuracy [\d.]+, calibration error [\d.]+", said)
+    assert "cases that its settings are chosen on" in said
+    said = run("generate", "harbor", "Hello.", "--chat", "--experts", skilled, "--dispatcher", router, "--why")
+    assert "read from the prompt's last state" in said
     typed = iter(["Book me a table.", "/why", "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(typed))
     history = tmp_path / "talk.json"
@@ -283,11 +303,79 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
 
 
 def test_mistakes_with_dispatchers_end_with_a_message(run: Run, base: Path, library: Path, tmp_path: Path) -> None:
-    fit = ["dispatch", "fit", library, "--model", base, "--out", tmp_path / "made"]
+    fit = ["dispatch", "fit", "--experts", library, "--model", base, "--out", tmp_path / "made"]
     assert "None of the experts (ask, doubt) is named after a skill" in run(*fit, fails=True)
     assert "Did you mean 'router'" in run(*fit, "--strategy", "ruoter", fails=True)
-    assert "examples are too long: their last turn alone" in run(*fit, "--skills", "[call]", "--n", 4, fails=True)
-    (tmp_path / "tools.json").write_text("{")
-    assert "is no JSON" in run("chat", "--model", base, "--tools", tmp_path / "tools.json", fails=True)
-    assert "is no dispatcher" in run("dispatch", "eval", tmp_path / "tools.json", library, "--model", base, fails=True)
+    assert "examples are too long: their last turn alone" in run(*fit, "--skills", "call", "--n", 4, fails=True)
+    tools = tmp_path / "tools.json"
+    tools.write_text("{")
+    assert "is no JSON" in run("chat", "--model", base, "--tools", tools, fails=True)
+    measured = ["dispatch", "eval", "--experts", library, "--model", base]
+    assert "is no dispatcher" in run(*measured, tools, fails=True)
+    assert f"{library} is a folder, and a dispatcher is a file" in run(*measured, library, fails=True)
+    assert "with --experts FOLDER" in run("dispatch", "fit", fails=True)
+    assert "with --experts FOLDER" in run("chat", "--dispatcher", tools, fails=True)
+    assert "add --dispatcher FILE" in run("chat", "--in_turn", "ask", "--experts", library, fails=True)
     assert not (tmp_path / "made").exists()
+
+
+def test_what_cannot_be_written_is_told_before_any_work(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    folder = "is a folder: give the path of a file"
+    assert folder in run("dispatch", "fit", "--experts", "nowhere", "--out", tmp_path, fails=True)
+    assert folder in run("chat", "--history", tmp_path, fails=True)
+    below = f"{file} is a file, where a folder is needed"
+    assert below in run("dispatch", "fit", "--experts", "nowhere", "--out", file / "made", fails=True)
+    assert below in run("train", "clarify", "--out", file, fails=True)
+    assert below in run("bench", "knowing-doing", "--out", file / "deep" / "er", fails=True)
+    assert below in run("export", "no/such-model", "nowhere", file, fails=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        assert "nothing can be written in" in run("chat", "--history", tmp_path / "new" / "talk.json", fails=True)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+Parse = Callable[..., dict[str, object]]
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
+    """Return a function that parses a command and returns what its verb would be given."""
+
+    def verb(experts: str | None = None, skills: cli.Names | None = None, n: int = 1) -> None:
+        found.update(experts=experts, skills=skills, n=n)
+
+    def call(*words: object) -> dict[str, object]:
+        monkeypatch.setattr(sys, "argv", ["svdexpert", "dispatch", "fit", *map(str, words)])
+        cli.run_command({"dispatch": {"fit": verb}}, "svdexpert")
+        return found
+
+    found: dict[str, object] = {}
+    return call
+
+
+def test_what_is_typed_wins_over_a_config(parse: Parse, tmp_path: Path) -> None:
+    config, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    config.write_text("experts: of/the/config\nn: 2\n")
+    other.write_text("n: 3\n")
+    for words in ((f"--config={config}", "--experts", "mine"), ("--experts", "mine", "--config", config)):
+        assert parse(*words) == {"experts": "mine", "skills": None, "n": 2}
+    assert parse("--config", config, "--skills", "call", f"--config={other}")["n"] == 3  # the later config wins
+    assert parse("--skills", "call")["skills"] == "call"
+    assert parse("--skills", "[call, clarify]")["skills"] == ["call", "clarify"]
+
+
+def test_a_mistyped_option_is_told_in_two_lines(
+    parse: Parse, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "typo.yaml"
+    config.write_text("exprets: mine\n")
+    for words in (("--config", config), ("--exprets", "mine")):
+        with pytest.raises(SystemExit) as stop:
+            parse(*words)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith("svdexpert dispatch fit: ")
+        assert said[0].endswith("Did you mean 'experts'?")
+        assert said[1:] == ["See svdexpert dispatch fit --help"]

@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 DEFAULTS = {
     "train": ["train", "clarify"],
-    "dispatch": ["dispatch", "fit", "nowhere"],
+    "dispatch": ["dispatch", "fit"],
     "bench": ["bench", "knowing-doing"],
 }
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
