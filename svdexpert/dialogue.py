@@ -12,6 +12,8 @@ that was never shown a reply of two sentences makes none, whoever moves it, and 
 
     prompt, first expert -> "No, it is at nine."
     prompt, "No, it is at nine.", NOD, second expert -> "Which day?"        the reply: "No, it is at nine. Which day?"
+
+What a conversation has outgrown the model's context by is left out from its beginning, and every turn says how much.
 """
 
 from __future__ import annotations
@@ -19,20 +21,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from svdexpert.conversation import as_message, invocation_of, opened_at, prompt_of, text_of, tokenizer_of, turn_ends
-from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
+from svdexpert.conversation import (
+    as_message,
+    context_of,
+    fit,
+    invocation_of,
+    opened_at,
+    prompt_of,
+    text_of,
+    tokenizer_of,
+    turn_ends,
+)
+from svdexpert.decision import Asked, Context, Decision, Dispatcher
 from svdexpert.dispatch import decide
 from svdexpert.dispatch.fixed import Fixed
-from svdexpert.errors import DispatchError, did_you_mean
+from svdexpert.errors import DispatchError, MixtureError, TooLongError, did_you_mean
 from svdexpert.expert import Expert
 from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
@@ -70,41 +83,48 @@ class Around:
         self.inner.check(model, library)
 
 
+@runtime_checkable
+class ByHalves(Dispatcher, Protocol):
+    """A dispatcher whose experts speak where their own scores are at least one half, as a router's do."""
+
+    @property
+    def abstain_below(self) -> float:
+        """The confidence under which it lets nobody speak."""
+
+    def weights_of(self, names: Sequence[str]) -> dict[str, float]:
+        """Return how loudly experts speak where they are all that do."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sticky(Around):
     """A dispatcher with hysteresis: who speaks goes on, and who does not stays silent, until it is clearly otherwise.
 
+    A score that is near one half counts as if it stood as far on the other side. That leaves the confidence as it is,
+    so that a set which is too unsure to speak stays silent, whoever spoke before.
+
     Attributes:
-        before: its last decision; None at the beginning.
+        before: its last decision.
         margin: by how much a score must pass one half to change who speaks, in [0, 0.5).
     """
 
-    before: Decision | None
+    inner: ByHalves
+    before: Decision
     margin: float
 
     def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
         """Return the inner decisions, with those scores that are near one half left as they were."""
-        found = self.inner.decide(model, asked)
-        before = self.before
-        if before is None:
-            return list(found)
-        return [self._kept(one, before) if one.scores else one for one in found]
+        return [self._kept(one) for one in self.inner.decide(model, asked)]
 
-    def _kept(self, one: Decision, before: Decision) -> Decision:
+    def _kept(self, one: Decision) -> Decision:
+        if one.confidence < self.inner.abstain_below:
+            return one
         near = {name for name, score in one.scores.items() if abs(score - 0.5) < self.margin}
         spoken = {name for name, weight in one.weights.items() if weight}
-        kept = (spoken - near) | {name for name in near if before.weights.get(name)}
+        kept = (spoken - near) | {name for name in near if self.before.weights.get(name)}
         if kept == spoken:
             return one
         because = f"{one.because}; as in the turn before: {', '.join(sorted(near))}"
-        return replace(one, weights=self._weights(kept, one, before), because=because)
-
-    def _weights(self, names: set[str], one: Decision, before: Decision) -> dict[str, float]:
-        """Return how loudly these speak: as the inner one lets them, which may depend on how many they are."""
-        of_set = getattr(self.inner, "weights_of", None)
-        if of_set is not None:
-            return dict(of_set(sorted(names)))
-        return {name: one.weights.get(name) or before.weights[name] for name in sorted(names)}
+        return replace(one, weights=self.inner.weights_of(sorted(kept)), because=because)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,10 +165,13 @@ class Turn:
     Attributes:
         reply: the assistant's message.
         text: the same as text, calls in the neutral written form.
-        decision: who spoke.
+        decision: who spoke, and why; where a reply in parts ended early, those alone whose parts were written.
         read: tokens of the prompt that were computed for it (of all its prompts, where it has parts).
         kept: tokens of the prompt that stood in the cache.
-        parts: what each expert said, where they spoke one after another; a call ends a reply.
+        parts: what each expert said, where they spoke one after another. A call ends a reply, and so does a context in
+            which the next expert would no longer see what the user said.
+        dropped: turns at the beginning of the conversation that no longer fit the model's context and were left out; a
+            turn is a user's message and all that follows up to the next one.
     """
 
     reply: Message
@@ -157,6 +180,20 @@ class Turn:
     read: int
     kept: int
     parts: tuple[str, ...] = ()
+    dropped: int = 0
+
+
+class _Finite(LogitsProcessor):
+    """Ends a reply whose numbers are not finite: NaN in one token is NaN in all that are cached with it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (b v)."""
+        if not bool(scores.amax().isfinite()):
+            raise MixtureError(
+                "The model's numbers are not finite under this mixture, so that there is no reply: give smaller "
+                "weights."
+            )
+        return scores
 
 
 @dataclass
@@ -170,7 +207,8 @@ class Conversation:
         tools: JSON schemas of functions.
         instructions: a system message.
         policy: what becomes of the cache where the mixture changes.
-        hysteresis: margin around one half in which scores do not change who speaks, in [0, 0.5).
+        hysteresis: margin around one half in which scores do not change who speaks, in [0, 0.5). It acts where a
+            dispatcher decides by that boundary (`ByHalves`), as routers do, from one of its turns to the next.
         max_new_tokens: of a reply, or of a part of one.
         in_turn: names of experts in the order in which they speak one after another where the dispatcher chooses
             several of them; empty: at once. What `mix` was told is always at once.
@@ -196,25 +234,28 @@ class Conversation:
             raise DispatchError(f"policy is {self.policy!r}." + did_you_mean(self.policy, get_args(Policy)))
         if not 0 <= self.hysteresis < 0.5:
             raise DispatchError(f"hysteresis is {self.hysteresis}: expected 0 or more, and less than 0.5.")
-        if self.in_turn:
-            present(self.in_turn, self.library)
+        self._named(self.in_turn)
         if self.instructions:
             self.messages.append(system(self.instructions))
         self._cache: DynamicCache | None = None
         self._held: list[int] = []  # ids that the cache holds
         self._exact = 0  # of them, those that are what the base, or the mixture of all turns so far, makes of them
         self._spoke: Mapping[str, float] = {}
+        self._taken: tuple[Dispatcher | None, Decision] | None = None  # the last decision, and whose it was
 
     def mix(self, weights: Mapping[str, float]) -> None:
         """Let these experts speak from now on.
 
         Raises:
-            DispatchError: an expert that the library lacks; what held before still holds.
+            DispatchError: an expert that the library lacks, a weight that is no finite number in fp32; what held before
+                still holds.
         """
-        fixed = Fixed(dict(weights), "given by hand")
-        if weights:
-            fixed.check(self.model, self.library)
-        self.dispatcher = fixed if weights else None
+        self._named(tuple(weights))
+        for name, weight in weights.items():
+            if not isinstance(weight, Real) or not abs(weight) <= torch.finfo(torch.float32).max:
+                raise DispatchError(f"The weight of {name!r} is {weight!r}: expected a finite number, as 0.7.")
+        given = {name: float(weight) for name, weight in weights.items()}
+        self.dispatcher = Fixed(given, "given by hand") if given else None
 
     def say(self, text: str, *, streamer: BaseStreamer | None = None) -> Turn:
         """Add a user's message, and return the reply to it.
@@ -224,13 +265,21 @@ class Conversation:
             streamer: gets the tokens of the reply as they come.
 
         Raises:
-            DispatchError: the dispatcher cannot decide here; the message is taken back.
-            TooLongError: it does not fit the model; it is taken back.
+            DispatchError: nothing is said, or no text; the dispatcher cannot decide here.
+            TooLongError: the message does not fit the model.
+            MixtureError: the model's numbers overflow under the mixture.
+
+        Whatever is raised, the message is taken back, and the conversation is as it was.
         """
+        if not isinstance(text, str):
+            raise DispatchError(f"A user says a text, and this is {text!r}.")
         return self.reply_to(user(text), streamer=streamer)
 
     def reply_to(self, *messages: Message, streamer: BaseStreamer | None = None) -> Turn:
         """Add messages, as a function's result, and return the reply to them; see `say`."""
+        _check(messages)
+        if all(one["role"] in ("system", "developer") for one in (*self.messages, *messages)):
+            raise DispatchError("The conversation is empty: there is nothing to reply to.")
         before = len(self.messages)
         self.messages.extend(messages)
         try:
@@ -256,48 +305,89 @@ class Conversation:
         return asked.reply_to(*self.messages[:last]).text
 
     def save(self, path: str | Path) -> None:
-        """Write messages and decisions as JSON."""
+        """Write messages and decisions as JSON.
+
+        Raises:
+            DispatchError: a message that is no text.
+            OSError: the disk refused; what was there before is intact.
+        """
+        _check(self.messages)
         turns = [asdict(one) | {"decision": one.decision.as_json()} for one in self.turns]
         text = json.dumps({"messages": self.messages, "turns": turns}, indent=2, ensure_ascii=False)
         with whole_file(Path(path)) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
+
+    def resume(self, path: str | Path) -> None:
+        """Go on with a conversation that `save` wrote; the next turn reads all of it.
+
+        Raises:
+            DispatchError: the file holds no conversation, or one with other instructions; this one has begun.
+        """
+        if len(self.messages) > bool(self.instructions):
+            raise DispatchError(f"This conversation has begun: {path} goes on in a new one.")
+        messages, turns = read_saved(path)
+        told = next((one.get("content") for one in messages[:1] if one["role"] == "system"), "")
+        if self.instructions not in ("", told):
+            raise DispatchError(
+                f"The conversation in {path} has the instructions {told!r}: give the same, or none, or another file."
+            )
+        self.messages, self.turns = messages, turns
 
     # --- one turn
 
     def _turn(self, streamer: BaseStreamer | None) -> Turn:
         dispatcher = self._dispatcher()
         if not self.in_turn or isinstance(dispatcher, Fixed):
-            text, decision, read, kept = self._part(self.messages, dispatcher, streamer)
-            return Turn(as_message(text), text, decision, read, kept)
+            turn = self._part(self.messages, dispatcher, streamer)
+            self._taken = (self.dispatcher, turn.decision)
+            return turn
         first = First(dispatcher, self.in_turn)
-        text, _, read, kept = self._part(self.messages, first, streamer)
-        parts, behind = [text], list(self.messages)
+        parts, behind = [self._part(self.messages, first, streamer)], list(self.messages)
+        (whole,), ended = first.whole, ""
         for mixture in first.due:
-            if read_reply(text).calls:
+            if read_reply(parts[-1].text).calls:
+                ended = "a call ends a reply"
                 break
-            behind += [as_message(text), user(NOD)]
-            text, _, more, known = self._part(behind, Fixed(mixture, first.whole[0].because), streamer)
-            parts, read, kept = [*parts, text], read + more, kept + known
-        said = " ".join(parts)
-        return Turn(as_message(said), said, first.whole[0], read, kept, tuple(parts) if first.due else ())
+            behind += [parts[-1].reply, user(NOD)]
+            try:
+                parts.append(self._part(behind, Fixed(mixture, whole.because), streamer))
+            except TooLongError:
+                ended = "the context has no room for another part"
+                break
+        self._taken = (self.dispatcher, whole)
+        said = " ".join(one.text for one in parts)
+        decision = _of_parts(whole, parts, ended) if ended else whole
+        read, kept = sum(one.read for one in parts), sum(one.kept for one in parts)
+        texts = tuple(one.text for one in parts) if first.due else ()
+        return Turn(as_message(said), said, decision, read, kept, texts, max(one.dropped for one in parts))
 
-    def _part(
-        self, messages: Sequence[Message], dispatcher: Dispatcher, streamer: BaseStreamer | None
-    ) -> tuple[str, Decision, int, int]:
-        """Return what is said behind messages, who said it, and how many tokens were read and known."""
-        model = self.model
-        prompt = prompt_of(model, messages, list(self.tools), [], self.max_new_tokens).ids
+    def _part(self, messages: Sequence[Message], dispatcher: Dispatcher, streamer: BaseStreamer | None) -> Turn:
+        """Return what is said behind messages: all of a reply, or a part of one.
+
+        Raises:
+            TooLongError: the last turn of the conversation does not fit.
+        """
+        model, tools = self.model, list(self.tools)
+        fitted = prompt_of(model, messages, tools, [], self.max_new_tokens)
+        if fitted.dropped:  # who decides sees what is replied to
+            how_long = context_of(model)
+            messages, _ = fit(tokenizer_of(model), messages, tools, self.max_new_tokens, context=how_long)
+            asked = next((one for one in reversed(self.messages) if one["role"] == "user"), self.messages[-1])
+            if not any(one is asked for one in messages):  # behind a part of a reply the last turn is another
+                raise TooLongError("The model's context has no room for another part of this reply.")
+        prompt = fitted.ids
         decisions = list[Decision]()
         activated = self._activated()
         first = not activated and self.policy == "refill" and self._held  # who speaks decides what is read again
         if dispatcher.experts and (first or not dispatcher.reads):
-            decisions = decide(dispatcher, model, [Context(tuple(messages), tuple(self.tools))], self.library)
+            decisions = decide(dispatcher, model, [Context(tuple(messages), tuple(tools))], self.library)
             dispatcher = Fixed(decisions[0].weights, decisions[0].because)
         cache, kept = self._kept(prompt, dispatcher, activated)
         _, ends = turn_ends(model)
         ids = torch.tensor([prompt])
         how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "streamer": streamer}
         how |= {"return_dict_in_generate": True, "past_key_values": cache, "eos_token_id": sorted(ends)}
+        how["logits_processor"] = LogitsProcessorList([_Finite()])
         if dispatcher.experts:
             note = None if decisions else decisions.extend
             output = model.generate(ids, library=self.library, dispatcher=dispatcher, on_decision=note, **how)
@@ -307,14 +397,21 @@ class Conversation:
         self._remember(output, prompt, activated, decisions[0])
         written = cast(Any, output).sequences[0, len(prompt) :].tolist()
         text = text_of(tokenizer_of(model), [one for one in written if one not in ends])
-        return text, decisions[0], len(prompt) - kept, kept
+        return Turn(as_message(text), text, decisions[0], len(prompt) - kept, kept, dropped=fitted.dropped)
 
     def _dispatcher(self) -> Dispatcher:
-        if self.dispatcher is None:
-            return Fixed({})
-        if not self.turns or not self.hysteresis or isinstance(self.dispatcher, Fixed):
-            return self.dispatcher
-        return Sticky(self.dispatcher, self.turns[-1].decision, self.hysteresis)
+        """Return what decides on the next turn."""
+        given = self.dispatcher or Fixed({})
+        by, before = self._taken or (None, None)
+        if before is None or by is not given or not self.hysteresis or not isinstance(given, ByHalves):
+            return given
+        return Sticky(given, before, self.hysteresis)
+
+    def _named(self, names: Sequence[str]) -> None:
+        """Raise a DispatchError unless the library holds these experts."""
+        for name in names:
+            if name not in self.library:
+                raise DispatchError(f"There is no expert {name!r} here." + did_you_mean(str(name), self.library))
 
     def _activated(self) -> bool:
         """Return whether the experts act from where the reply begins."""
@@ -355,6 +452,62 @@ class Conversation:
     def _opening(self, prompt: list[int]) -> int:
         """Return where the reply is opened, before which all is the base's."""
         return opened_at(prompt, invocation_of(self.model)) or 0
+
+
+def _of_parts(whole: Decision, parts: Sequence[Turn], ended: str) -> Decision:
+    """Return who spoke in a reply that ended before all did whom a decision lets speak."""
+    weights = {name: weight for one in parts for name, weight in one.decision.weights.items()}
+    silent = ", ".join(name for name, weight in whole.weights.items() if weight and name not in weights)
+    return replace(whole, weights=weights, because=f"{whole.because}; without {silent}: {ended}")
+
+
+def _check(messages: Sequence[Message]) -> None:
+    """Raise a DispatchError unless these are messages, in text that can be written, and users say something."""
+    for one in messages:
+        if not isinstance(one, dict) or not isinstance(one.get("role"), str):
+            raise DispatchError(f"{one!r} is no message: expected its role and its content.")
+        said = one.get("content")
+        if one["role"] == "user" and not (said.strip() if isinstance(said, str) else isinstance(said, list) and said):
+            raise DispatchError(f"The user's message is {said!r}: there is nothing to reply to.")
+        try:
+            json.dumps(one, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DispatchError(f"A message is no text: {error}. Write it in UTF-8.") from error
+        except (TypeError, ValueError) as error:
+            raise DispatchError(f"A message holds what JSON has not: {error}.") from error
+
+
+def read_saved(path: str | Path) -> tuple[list[Message], list[Turn]]:
+    """Return messages and turns of a conversation that `Conversation.save` wrote.
+
+    Raises:
+        DispatchError: it is no such file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        messages, turns = list(found["messages"]), [_turn_of(row) for row in found["turns"]]
+        _check(messages)
+        rest = reversed(messages)
+        for place in reversed(range(len(turns))):  # the reply of a turn is the message itself, not one that is equal
+            reply = next(one for one in rest if one == turns[place].reply)
+            turns[place] = replace(turns[place], reply=reply)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DispatchError) as error:
+        raise DispatchError(f"{path} is no saved conversation ({type(error).__name__}: {error}).") from error
+    except StopIteration:
+        raise DispatchError(f"{path} is no saved conversation: a turn's reply is not among its messages.") from None
+    return messages, turns
+
+
+def _turn_of(row: Mapping[str, Any]) -> Turn:
+    """Return a turn as `save` has written it."""
+    told = row["decision"]
+    weights, scores, alone = (
+        {str(name): float(one) for name, one in told[key].items()} for key in ("weights", "scores", "alone")
+    )
+    decision = Decision(weights, float(told["confidence"]), str(told["because"]), scores, alone)
+    parts = tuple(map(str, row["parts"]))
+    how = (int(row["read"]), int(row["kept"]), parts, int(row.get("dropped", 0)))  # 0.1.0 had no such count
+    return Turn(dict(row["reply"]), str(row["text"]), decision, *how)
 
 
 def next_token_divergence(refilled: Tensor, reused: Tensor) -> Tensor:

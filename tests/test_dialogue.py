@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import torch
 from conftest import byte_tokenizer, tiny
 from test_dispatch import OPENS, Halves
 
-from svdexpert import DispatchError, Expert, SpectralModel
+from svdexpert import DispatchError, Expert, MixtureError, SpectralModel
 from svdexpert.decision import Asked, Decision
-from svdexpert.dialogue import NOD, Conversation, Policy, Sticky, next_token_divergence
+from svdexpert.dialogue import NOD, ByHalves, Conversation, Policy, Sticky, next_token_divergence, read_saved
+from svdexpert.dispatch import labelled
 from svdexpert.dispatch.fixed import Fixed
+from svdexpert.dispatch.prompt import Prompt
+from svdexpert.dispatch.router import Router
 from svdexpert.errors import TooLongError
 from svdexpert.worlds import assistant, user
 
@@ -38,10 +41,10 @@ def library(model: SpectralModel, activated: bool, reach: int = 0, opens: tuple[
     }
 
 
-def fresh(model: SpectralModel, talk: Conversation, weights: Mapping[str, float], turn: int) -> str:
+def fresh(model: SpectralModel, talk: Conversation, weights: Mapping[str, float], turn: int, tokens: int = 10) -> str:
     """Return the reply to the messages before a turn, without a cache."""
     last = [place for place, one in enumerate(talk.messages) if one["role"] == "assistant"][turn]
-    found = model.generate([talk.messages[:last]], weights or None, library=talk.library, max_new_tokens=10)
+    found = model.generate([talk.messages[:last]], weights or None, library=talk.library, max_new_tokens=tokens)
     assert isinstance(found, list)
     return found[0].strip()
 
@@ -143,20 +146,29 @@ def test_the_same_turn_answered_by_the_base(talking: SpectralModel) -> None:
 
 
 class Scores:
-    """Lets whoever scores at least one half speak."""
+    """Lets whoever scores at least one half speak, unless it is too unsure; louder where one speaks alone."""
 
     reads = False
     experts = ("ask", "doubt")
 
-    def __init__(self, *rows: tuple[float, float]) -> None:
+    def __init__(self, *rows: tuple[float, float], abstain_below: float = 0.0) -> None:
         self.rows = list(rows)
+        self.abstain_below = abstain_below
 
     def check(self, model: Any, library: Any) -> None:
         pass
 
+    def weights_of(self, names: Sequence[str]) -> dict[str, float]:
+        return dict.fromkeys(names, 2.0 / len(names)) if names else {}
+
     def decide(self, model: Any, asked: Asked) -> list[Decision]:
         scores = dict(zip(self.experts, self.rows.pop(0), strict=True))
-        return [Decision({name: 1.0 for name, one in scores.items() if one >= 0.5}, 1.0, "said", scores)]
+        sure = float(torch.tensor([max(one, 1 - one) for one in scores.values()]).prod())
+        speak = [name for name, one in scores.items() if one >= 0.5 and sure >= self.abstain_below]
+        return [Decision(self.weights_of(speak), sure, "said", scores)]
+
+
+ASKED = Asked(None, torch.zeros(1, 1), torch.ones(1, 1))
 
 
 def test_hysteresis_keeps_who_speaks_where_it_is_close(talking: SpectralModel) -> None:
@@ -165,32 +177,57 @@ def test_hysteresis_keeps_who_speaks_where_it_is_close(talking: SpectralModel) -
     talk = Conversation(talking, library(talking, True), Scores(*rows), max_new_tokens=4)
     assert [sorted(talk.say(text).decision.chosen) for text in SAID] == chosen
     assert "as in the turn before: ask, doubt" in talk.turns[1].decision.because
-    first = Sticky(Scores(*rows), None, 0.1).decide(talking, Asked(None, torch.zeros(1, 1), torch.ones(1, 1)))
-    assert first[0].chosen == {"ask"}
 
 
-class Loud(Scores):
-    """Speaks louder where it speaks alone."""
-
-    def weights_of(self, names: list[str]) -> dict[str, float]:
-        return dict.fromkeys(names, 2.0 / len(names))
-
-    def decide(self, model: Any, asked: Asked) -> list[Decision]:
-        (found,) = super().decide(model, asked)
-        return [replace(found, weights=self.weights_of(sorted(found.weights)))]
-
-
-def test_hysteresis_asks_how_loudly_those_speak_who_are_left(talking: SpectralModel) -> None:
-    asked = Asked(None, torch.zeros(1, 1), torch.ones(1, 1))
+def test_hysteresis_asks_how_loudly_those_speak_who_are_left(model: SpectralModel) -> None:
     for rows, weights in (
         (((0.9, 0.1), (0.9, 0.55)), {"ask": 2.0}),
         (((0.9, 0.9), (0.9, 0.45)), {"ask": 1.0, "doubt": 1.0}),
         (((0.9, 0.9), (0.9, 0.1)), {"ask": 2.0}),
     ):
-        loud = Loud(*rows)
-        (before,) = loud.decide(talking, asked)
-        (found,) = Sticky(loud, before, 0.1).decide(talking, asked)
+        scores = Scores(*rows)
+        (before,) = scores.decide(model, ASKED)
+        (found,) = Sticky(scores, before, 0.1).decide(model, ASKED)
         assert found.weights == weights
+
+
+def test_hysteresis_lets_nobody_speak_where_the_dispatcher_is_too_unsure(model: SpectralModel) -> None:
+    before = Decision({"doubt": 1.0}, 1.0, "said")
+    for row, threshold, chosen in (
+        ((0.9, 0.45), 0.55, set()),  # 0.495: ask is the likelier one, and silent
+        ((0.1, 0.45), 0.55, set()),
+        ((0.9, 0.45), 0.45, {"ask", "doubt"}),
+        ((0.1, 0.45), 0.45, {"doubt"}),
+    ):
+        (found,) = Sticky(Scores(row, abstain_below=threshold), before, 0.1).decide(model, ASKED)
+        assert found.chosen == chosen
+
+
+def test_hysteresis_counts_from_turns_of_the_same_dispatcher(model: SpectralModel) -> None:
+    scores = Scores((0.1, 0.1), (0.45, 0.1), (0.55, 0.1), (0.45, 0.1))
+    talk = Conversation(model, library(model, True), scores, max_new_tokens=1)
+    talk.say("a")
+    talk.mix({"ask": -1.0})
+    talk.say("b")
+    talk.dispatcher = scores
+    assert [sorted(talk.say(one).decision.weights) for one in "cde"] == [[], [], []]
+    talk.dispatcher = Scores((0.55, 0.1))
+    assert talk.say("f").decision.weights == {"ask": 2.0}
+
+
+def test_hysteresis_is_for_dispatchers_whose_boundary_is_one_half(model: SpectralModel) -> None:
+    table = torch.tensor([[0.30, 0.46, 0.24]]).log()  # the likeliest label speaks, at less than one half
+    (likeliest,) = labelled(("ask", "doubt"), table, "labels")
+
+    class Labels(Chosen):
+        def decide(self, model: Any, asked: Asked) -> list[Decision]:
+            return [likeliest]
+
+    talk = Conversation(model, library(model, True), Labels(), max_new_tokens=1)
+    assert [talk.say(one).decision.weights for one in "ab"] == [{"doubt": 1.0}] * 2
+    made_for = {"experts": {"ask": ""}}
+    assert isinstance(Router(torch.zeros(1, 2), torch.zeros(1), 0.0, made_for), ByHalves)
+    assert not isinstance(Prompt({"ask": ""}, "none", made_for, torch.zeros(2)), ByHalves)
 
 
 class Chosen:
@@ -245,7 +282,10 @@ def test_a_call_ends_a_reply_of_several(talking: SpectralModel, monkeypatch: pyt
     talk = Conversation(talking, experts, Chosen(ask=1.0, doubt=1.0), in_turn=("ask", "doubt"), max_new_tokens=4)
     called = '<tool_call>{"name": "book", "arguments": {}}</tool_call>'
     monkeypatch.setattr("svdexpert.dialogue.text_of", lambda *_: called)
-    assert talk.say("hello").parts == (called,)
+    turn = talk.say("hello")
+    assert turn.parts == (called,)
+    assert turn.decision.weights == {"ask": 2.0}  # who spoke, not who would have
+    assert turn.decision.because.endswith("without doubt: a call ends a reply")
     with pytest.raises(DispatchError, match="Did you mean 'ask'"):
         Conversation(talking, experts, in_turn=("asks",))
 
@@ -272,6 +312,179 @@ def test_what_goes_wrong_takes_nothing_with_it(model: SpectralModel, tmp_path: P
         Conversation(model, policy="refil")  # type: ignore[arg-type]
     with pytest.raises(DispatchError, match="hysteresis is"):
         Conversation(model, hysteresis=0.5)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_part_that_would_not_see_the_user_is_not_written(model: SpectralModel, activated: bool) -> None:
+    experts = library(model, activated)
+    talk = Conversation(model, experts, Chosen(ask=1.0, doubt=1.0), in_turn=("ask", "doubt"), max_new_tokens=4)
+    talk.say("hi")
+    assert len(talk.turns[0].parts) == 2
+    turn = talk.say("x" * 48)  # 64 tokens are the context
+    alone = Conversation(model, experts, max_new_tokens=4)
+    alone.mix({"ask": 2.0})
+    assert turn.text == alone.say("x" * 48).text == turn.parts[0]
+    assert turn.decision.weights == {"ask": 2.0}
+    assert turn.decision.because.endswith("without doubt: the context has no room for another part")
+    assert turn.dropped == 1
+
+
+class Listening(Chosen):
+    """Notes what it is asked."""
+
+    def __init__(self, **weights: float) -> None:
+        super().__init__(**weights)
+        self.asked: list[Asked] = []
+
+    def decide(self, model: Any, asked: Asked) -> list[Decision]:
+        self.asked.append(asked)
+        return super().decide(model, asked)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_what_no_longer_fits_is_counted_and_who_decides_does_not_see_it_either(
+    model: SpectralModel, activated: bool
+) -> None:
+    listening = Listening(ask=1.0)
+    talk = Conversation(model, library(model, activated), listening, max_new_tokens=8, instructions="hm")
+    for text in ("abcdefgh", "ijklmnop", "qrstuvwx", "yz"):
+        turn = talk.say(text)
+        asked = listening.asked[-1]
+        assert asked.contexts is not None
+        users = [one for one in asked.contexts[0].messages if one["role"] == "user"]
+        assert users == [one for one in talk.messages if one["role"] == "user"][turn.dropped :]
+        assert asked.ids.shape[1] == turn.read + turn.kept <= 64 - 8
+        assert asked.contexts[0].messages[0]["role"] == "system"
+    assert [one.dropped for one in talk.turns][:2] == [0, 0]
+    assert talk.turns[-1].dropped > 0
+
+
+@pytest.mark.parametrize(
+    ("activated", "reach", "policy"), [(True, 0, "refill"), (True, 3, "reuse"), (False, 0, "refill")]
+)
+def test_numbers_that_overflow_leave_nothing_behind(activated: bool, reach: int, policy: Policy) -> None:
+    hf = tiny("llama", num_hidden_layers=4)  # deep enough that NaN reaches what is read before the reply
+    model = SpectralModel.attach(hf, byte_tokenizer(), k=8, progress=False)
+    talk = Conversation(model, library(model, activated, reach), max_new_tokens=4, policy=policy)
+    for weight in (1e38, -1e30):
+        talk.mix({"ask": weight})
+        for _ in range(2):
+            before = list(talk.messages)
+            with pytest.raises(MixtureError, match="not finite under this mixture"):
+                talk.say("hi")
+            assert talk.messages == before
+        talk.mix({})
+        talk.say("no")
+        assert talk.turns[-1].text == fresh(model, talk, {}, len(talk.turns) - 1, tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "complaint"),
+    [
+        ({"ask": float("nan")}, "The weight of 'ask' is nan"),
+        ({"ask": 1.0, "doubt": float("inf")}, "The weight of 'doubt' is inf"),
+        ({"ask": 10**400}, "expected a finite number"),
+        ({"ask": 1e39}, "expected a finite number"),  # in fp32
+        ({"ask": "loud"}, "The weight of 'ask' is 'loud'"),
+        ({"ask": None}, "The weight of 'ask' is None"),
+        ({"asks": 1.0}, r"^There is no expert 'asks' here\. Did you mean 'ask'\?$"),
+        ({"nobody": 1.0}, r"^There is no expert 'nobody' here\. There are: ask, call, doubt\.$"),
+    ],
+)
+def test_what_cannot_be_mixed_leaves_what_held(model: SpectralModel, weights: Any, complaint: str) -> None:
+    talk = Conversation(model, library(model, True), max_new_tokens=1)
+    talk.mix({"ask": 1})
+    with pytest.raises(DispatchError, match=complaint):
+        talk.mix(weights)
+    assert talk.dispatcher == Fixed({"ask": 1.0}, "given by hand")
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (user(""), "nothing to reply to"),
+        (user(" \n"), "nothing to reply to"),
+        ({"role": "user", "content": None}, "nothing to reply to"),
+        ({"role": "tool", "name": "f", "content": "\udcff"}, "is no text"),
+        (user("half of \ud83d"), "is no text"),
+        ({"content": "hello"}, "is no message"),
+        ("hello", "is no message"),
+        ({"role": "tool", "content": {1, 2}}, "what JSON has not"),
+        ({"role": "system", "content": "be kind"}, "conversation is empty"),
+    ],
+)
+def test_what_nobody_can_reply_to_is_refused(model: SpectralModel, message: Any, complaint: str) -> None:
+    talk = Conversation(model, max_new_tokens=1)
+    with pytest.raises(DispatchError, match=complaint):
+        talk.reply_to(message)
+    with pytest.raises(DispatchError, match="A user says a text, and this is 5"):
+        talk.say(5)  # type: ignore[arg-type]
+    with pytest.raises(DispatchError, match="conversation is empty"):
+        talk.reply_to()
+    assert not talk.messages
+    assert not talk.turns
+
+
+def test_a_saved_conversation_goes_on_as_it_would_have(talking: SpectralModel, tmp_path: Path) -> None:
+    experts, file = library(talking, True), tmp_path / "talk.json"
+    how: dict[str, Any] = {"max_new_tokens": 10, "instructions": "be kind", "in_turn": ("doubt", "ask")}
+    talk = Conversation(talking, experts, Chosen(ask=1.0, doubt=0.7), **how)
+    talk.say(SAID[0])
+    talk.mix({"ask": 1.0})
+    talk.say(SAID[1])
+    talk.save(file)
+    other = Conversation(talking, experts, **how)
+    other.resume(file)
+    assert other.messages == talk.messages
+    assert other.turns == talk.turns
+    assert other.base_reply() == talk.base_reply()
+    for one in (talk, other):
+        one.mix({"doubt": 1.0})
+    assert other.say(SAID[2]).text == talk.say(SAID[2]).text
+    other.save(file)
+    assert read_saved(file) == (other.messages, other.turns)
+    with pytest.raises(DispatchError, match="has begun"):
+        other.resume(file)
+    with pytest.raises(DispatchError, match="has the instructions 'be kind'"):
+        Conversation(talking, instructions="be brief").resume(file)
+    bare = Conversation(talking)
+    bare.resume(file)
+    assert bare.messages[0]["content"] == "be kind"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"messages": 1, "turns": []}',
+        '{"messages": ["hello"], "turns": []}',
+        '{"messages": [{"role": "user", "content": "\\ud83d"}], "turns": []}',
+        '{"messages": [], "turns": [{}]}',
+        '{"messages": [], "turns": [{"reply": {}, "text": "", "read": 1, "kept": 0, "parts": [], "decision": '
+        '{"weights": {}, "scores": {}, "alone": {}, "confidence": 1, "because": ""}}]}',
+        "[" * 100_000,
+    ],
+)
+def test_a_file_that_is_no_conversation_is_refused(text: str, model: SpectralModel, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text(text)
+    for path in (file, tmp_path, tmp_path / "nowhere"):
+        talk = Conversation(model)
+        with pytest.raises(DispatchError, match=f"{path} is no saved conversation"):
+            talk.resume(path)
+        assert not talk.messages
+
+
+def test_a_text_that_cannot_be_written_is_said_and_the_file_stays(model: SpectralModel, tmp_path: Path) -> None:
+    talk = Conversation(model)
+    talk.save(tmp_path / "talk.json")
+    before = (tmp_path / "talk.json").read_bytes()
+    talk.messages.append(assistant("\ud83d"))
+    with pytest.raises(DispatchError, match="is no text"):
+        talk.save(tmp_path / "talk.json")
+    assert (tmp_path / "talk.json").read_bytes() == before
 
 
 def test_a_dispatcher_that_fails_takes_the_message_back(model: SpectralModel) -> None:
