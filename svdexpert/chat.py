@@ -1,19 +1,20 @@
 """A conversation in the terminal: what is said, who speaks, and why.
 
-/mix clarify=0.7 disagree=0.3   these experts speak from now on; /mix alone is the base
-/auto                           the dispatcher decides again
-/why                            what the last reply was based on
-/base                           the last turn once more, answered by the base, side by side
-/save FILE                      write the conversation as JSON
-/help, /quit
+What begins with "/" is a command (`COMMANDS`, or /help), everything else is said. An error ends a turn, never the
+conversation: the message is taken back. So does Ctrl-C while a reply is being written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import json
+import re
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,11 +22,23 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from svdexpert.conversation import tokenizer_of
-from svdexpert.decision import Decision
-from svdexpert.dialogue import Conversation
-from svdexpert.errors import DispatchError, SvdExpertError
+from svdexpert.decision import Decision, Dispatcher
+from svdexpert.dialogue import Conversation, Turn, read_saved
+from svdexpert.errors import DispatchError, SvdExpertError, did_you_mean
+from svdexpert.reply import Call, read
 
-COMMANDS = "/mix NAME=WEIGHT ..., /auto, /why, /base, /save FILE, /help, /quit"
+COMMANDS = {
+    "/mix NAME=WEIGHT ...": "these experts speak from now on, as clarify=0.7 disagree=0.3; /mix alone is the base",
+    "/auto": "the dispatcher decides again",
+    "/why": "what the last reply was based on",
+    "/base": "the last turn once more, answered by the base, side by side",
+    "/result TEXT": "what the function returns that the last reply has called, as text or JSON",
+    "/save FILE": "write the conversation as JSON",
+    "/help": "this list",
+    "/quit": "the end, as the end of the input and Ctrl-C are; while a reply is written, Ctrl-C takes the message back",
+    "//...": "say what begins with a single /",
+}
+"""What can be typed, and what it does."""
 
 
 class _Printer(TextStreamer):
@@ -34,10 +47,17 @@ class _Printer(TextStreamer):
     def __init__(self, tokenizer: Any, console: Console) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.console = console
+        self.within = False  # a line
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write what is certain so far."""
         self.console.print(Text(text), end="\n" if stream_end else "")
+        self.within = not stream_end
+
+    def break_off(self) -> None:
+        """End the line of a reply that goes on no longer."""
+        if self.within:
+            self.console.print()
 
 
 def spoken(decision: Decision) -> str:
@@ -49,22 +69,37 @@ def spoken(decision: Decision) -> str:
     return ", ".join(f"{name} {weight:g}" for name, weight in decision.weights.items() if weight) or "base"
 
 
-def weights_in(words: list[str]) -> dict[str, float]:
-    """Return weights out of NAME=WEIGHT.
+def called(call: Call) -> str:
+    """Return a call as people read it.
 
-    >>> weights_in(["ask=0.7", "doubt"])
+    >>> called(Call("book_table", {"place": "Blue Heron", "people": 4}))
+    'book_table(place="Blue Heron", people=4)'
+    """
+    arguments = ", ".join(f"{name}={json.dumps(one, ensure_ascii=False)}" for name, one in call.arguments.items())
+    return f"{call.name}({arguments})"
+
+
+def weights_in(text: str) -> dict[str, float]:
+    """Return weights out of NAME=WEIGHT, or a name alone for 1.
+
+    >>> weights_in("ask=0.7 doubt")
     {'ask': 0.7, 'doubt': 1.0}
 
     Raises:
-        DispatchError: a weight that is no number.
+        DispatchError: no name, a weight that is no number, a name that stands twice.
     """
-    found = {}
-    for word in words:
-        name, _, weight = word.partition("=")
+    found: dict[str, float] = {}
+    for word in re.sub(r"\s*=\s*", "=", text).split():
+        name, given, weight = word.partition("=")
         try:
-            found[name] = float(weight or 1)
-        except ValueError as error:
-            raise DispatchError(f"{word!r}: expected NAME=WEIGHT, e.g. clarify=0.7.") from error
+            value = float(weight) if given else 1.0
+        except ValueError:
+            name = ""
+        if not name:
+            raise DispatchError(f"{word!r}: expected NAME=WEIGHT, e.g. clarify=0.7.")
+        if name in found:
+            raise DispatchError(f"{name!r} stands twice: give it one weight.")
+        found[name] = value
     return found
 
 
@@ -79,87 +114,200 @@ def run(
 
     Args:
         conversation: what is talked in; its dispatcher is the one that /auto goes back to.
-        history: JSON file that it is written to after every turn.
+        history: JSON file that it is written to after every turn; where it exists, the conversation in it goes on.
         console: where it is shown; the terminal if None.
         lines: what is typed; asked for in the terminal if None.
+
+    Raises:
+        DispatchError: the history is a file that holds no conversation, or another one than this, which has begun.
     """
     console = console or Console()
-    typed = lines if lines is not None else _typed(console)
-    auto = conversation.dispatcher
-    _say(console, f"experts: {', '.join(conversation.library) or 'none'}; {COMMANDS}")
-    for line in typed:
-        words = line.split()
-        if not words:
-            continue
-        if words[0] == "/quit":
+    chat = _Chat(conversation, console, history, conversation.dispatcher)
+    chat.begin()
+    for line in lines if lines is not None else _typed(console):
+        if line.strip() == "/quit":
             break
+        if line.strip():
+            chat.take(line)
+    chat.end()
+
+
+@dataclass
+class _Chat:
+    """A conversation, and what is typed in it."""
+
+    conversation: Conversation
+    console: Console
+    history: Path | None
+    auto: Dispatcher | None
+    saved: tuple[Path | None, int] = field(default=(None, 0), init=False)  # the last file, and the turns in it
+
+    def begin(self) -> None:
+        """Go on with the history, and say what there is."""
+        verbs = ", ".join(one.partition(" ")[0] for one in COMMANDS)
+        self._show(f"experts: {', '.join(self.conversation.library) or 'none'}; {verbs}")
+        if self.history is None or not self.history.exists():
+            return
+        messages, turns = read_saved(self.history)
+        if messages != self.conversation.messages[: len(messages)]:
+            self.conversation.resume(self.history)
+            self._show(f"this goes on with the conversation in {self.history}: {len(messages)} messages")
+        self.saved = (self.history, len(turns))
+
+    def take(self, line: str) -> None:
+        """Do, or say, what was typed."""
+        verb, rest = (*line.split(None, 1), "")[:2]
+        before = len(self.conversation.turns)
         try:
-            if words[0].startswith("/"):
-                _command(conversation, auto, console, words)
+            _check_text(line)
+            if verb.startswith("//"):
+                self._say(line.strip()[1:])
+            elif verb.startswith("/"):
+                self._command(verb, rest.strip())
             else:
-                turn = conversation.say(line, streamer=cast(Any, _Printer(tokenizer_of(conversation.model), console)))
-                _say(console, f"[{spoken(turn.decision)}; read {turn.read} tokens, {turn.kept} were known]")
-                if history is not None:
-                    _save(conversation, history)
+                self._say(line)
         except SvdExpertError as error:
-            _say(console, str(error))
+            self._show(str(error))
+        except KeyboardInterrupt:
+            self.console.print()
+            self._show("stopped" + ("; the reply stands" if len(self.conversation.turns) > before else ""))
+
+    def end(self) -> None:
+        """Say where the conversation is."""
+        path, turns = self.saved
+        lost = len(self.conversation.turns) - turns
+        if lost:
+            all_of_them = len(self.conversation.turns)
+            self._show(f"not saved: {lost} of {all_of_them} turns; /save FILE or --history FILE would have kept them")
+        elif path is not None:
+            self._show(f"the conversation is in {path}")
+
+    def _command(self, verb: str, rest: str) -> None:
+        commands: dict[str, Callable[[str], None]] = {
+            "/mix": self._mix,
+            "/auto": self._automatic,
+            "/why": self._why,
+            "/base": self._beside,
+            "/result": self._result,
+            "/save": self._save_as,
+            "/help": self._help,
+        }
+        if verb not in commands:
+            raise DispatchError(f"There is no {verb}.{did_you_mean(verb, [*commands, '/quit'])} /help says more.")
+        commands[verb](rest)
+
+    def _say(self, text: str) -> None:
+        self._answer(lambda printer: self.conversation.say(text, streamer=printer))
+
+    def _answer(self, reply: Callable[[Any], Turn]) -> None:
+        """Show a reply as it comes, and who spoke."""
+        printer = _Printer(tokenizer_of(self.conversation.model), self.console)
+        before = len(self.conversation.turns)
+        try:
+            turn = reply(printer)
+        except SvdExpertError:
+            printer.break_off()
+            raise
+        except KeyboardInterrupt:
+            if len(self.conversation.turns) > before:
+                raise
+            printer.break_off()
+            self._show("stopped: the message is taken back, and nothing of the reply is kept")
+            return
+        for one in read(turn.text).calls:
+            self._show(f"calls {called(one)}; /result TEXT says what it returns")
+        self._show(f"[{spoken(turn.decision)}; read {turn.read} tokens, {turn.kept} were known]")
+        if turn.dropped:
+            self._show(
+                f"the conversation is longer than the model's context: its first {turn.dropped} turns were left out"
+            )
+        if self.history is not None:
+            self._save(self.history)
+
+    def _mix(self, rest: str) -> None:
+        weights = weights_in(rest)
+        self.conversation.mix(weights)
+        self._show(f"from now on: {spoken(Decision(weights, 1.0, ''))}")
+
+    def _automatic(self, rest: str) -> None:
+        if self.auto is None:
+            raise DispatchError(
+                "No dispatcher was given: start with --dispatcher FILE (svdexpert dispatch fit makes one)."
+            )
+        self.conversation.dispatcher = self.auto
+        self._show("from now on the dispatcher decides")
+
+    def _why(self, rest: str) -> None:
+        decision = self._last().decision
+        self._show(f"{spoken(decision)}, confidence {decision.confidence:.2f}: {decision.because}")
+
+    def _beside(self, rest: str) -> None:
+        turn = self._last()
+        base = self.conversation.base_reply()
+        table = Table()
+        table.add_column("base", overflow="fold")
+        table.add_column(Text(spoken(turn.decision)), overflow="fold")
+        table.add_row(Text(base), Text(turn.text))
+        self.console.print(table)
+
+    def _result(self, rest: str) -> None:
+        calls = read(self._last().text).calls
+        if not calls:
+            raise DispatchError("The last reply calls no function: there is nothing that could return something.")
+        name = calls[-1].name
+        if not rest:
+            raise DispatchError(f'Say what {name} returns, as text or JSON: /result {{"status": "done"}}.')
+        with contextlib.suppress(ValueError, RecursionError):
+            rest = json.dumps(json.loads(rest), ensure_ascii=False)
+        told = {"role": "tool", "name": name, "content": rest}
+        self._answer(lambda printer: self.conversation.reply_to(told, streamer=printer))
+
+    def _save_as(self, rest: str) -> None:
+        if not rest:
+            raise DispatchError("Say where: /save FILE.")
+        self._save(Path(rest))
+        self._show(f"saved in {rest}: {len(self.conversation.messages)} messages")
+
+    def _save(self, path: Path) -> None:
+        """Write the conversation, over nothing but another one."""
+        try:
+            if path.exists():
+                read_saved(path)
+            self.conversation.save(path)
+        except DispatchError as error:
+            raise DispatchError(f"{error} Nothing was written.") from error
+        except (OSError, ValueError) as error:
+            raise DispatchError(f"{path} cannot be written ({error}).") from error
+        self.saved = (path, len(self.conversation.turns))
+
+    def _help(self, rest: str) -> None:
+        width = max(map(len, COMMANDS))
+        self._show("\n".join(f"{usage:{width}}  {does}" for usage, does in COMMANDS.items()))
+
+    def _last(self) -> Turn:
+        if not self.conversation.turns:
+            raise DispatchError("Nobody has replied yet.")
+        return self.conversation.turns[-1]
+
+    def _show(self, text: str) -> None:
+        self.console.print(Text(text, style="dim"))
 
 
-def _command(conversation: Conversation, auto: Any, console: Console, words: list[str]) -> None:
-    verb, rest = words[0], words[1:]
-    commands: dict[str, Callable[[], None]] = {
-        "/mix": lambda: conversation.mix(weights_in(rest)),
-        "/auto": lambda: _automatic(conversation, auto),
-        "/why": lambda: _why(conversation, console),
-        "/base": lambda: _beside(conversation, console),
-        "/save": lambda: _save(conversation, _named(rest)),
-        "/help": lambda: _say(console, COMMANDS),
-    }
-    if verb not in commands:
-        raise DispatchError(f"There is no {verb}; there are: {COMMANDS}.")
-    commands[verb]()
-
-
-def _automatic(conversation: Conversation, auto: Any) -> None:
-    if auto is None:
-        raise DispatchError("No dispatcher was given: start with --dispatcher FILE (svdexpert dispatch fit makes one).")
-    conversation.dispatcher = auto
-
-
-def _why(conversation: Conversation, console: Console) -> None:
-    if not conversation.turns:
-        raise DispatchError("Nobody has replied yet.")
-    decision = conversation.turns[-1].decision
-    _say(console, f"{spoken(decision)}, confidence {decision.confidence:.2f}: {decision.because}")
-
-
-def _beside(conversation: Conversation, console: Console) -> None:
-    base = conversation.base_reply()
-    table = Table()
-    table.add_column("base", overflow="fold")
-    table.add_column(spoken(conversation.turns[-1].decision), overflow="fold")
-    table.add_row(Text(base), Text(conversation.turns[-1].text))
-    console.print(table)
-
-
-def _named(rest: list[str]) -> Path:
-    if len(rest) != 1:
-        raise DispatchError("Say where: /save FILE.")
-    return Path(rest[0])
-
-
-def _save(conversation: Conversation, path: Path) -> None:
+def _check_text(line: str) -> None:
+    """Raise a DispatchError where a line holds bytes that were no text."""
     try:
-        conversation.save(path)
-    except OSError as error:
-        raise DispatchError(f"{path} cannot be written ({error}).") from error
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DispatchError("That line is no text in UTF-8, so that nothing was said.") from error
 
 
 def _typed(console: Console) -> Iterator[str]:
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    """Yield what is typed; bytes that are no text come as what cannot be encoded, and are refused by line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # something was read from it already
+            sys.stdin.reconfigure(errors="surrogateescape")
+    try:
         while True:
             yield console.input("> ")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(Text(text, style="dim"))
+    except (EOFError, KeyboardInterrupt):
+        console.print()

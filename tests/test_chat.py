@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import byte_tokenizer, tiny
@@ -13,8 +16,10 @@ from rich.console import Console
 from test_dispatch import OPENS, Halves
 
 from svdexpert import DispatchError, Expert, SpectralModel
-from svdexpert.chat import run, weights_in
-from svdexpert.dialogue import Conversation
+from svdexpert.chat import COMMANDS, run, weights_in
+from svdexpert.decision import Decision
+from svdexpert.dialogue import Conversation, Turn, read_saved
+from svdexpert.worlds import assistant, user
 
 
 @pytest.fixture
@@ -35,9 +40,11 @@ def shown(conversation: Conversation, *lines: str, history: Path | None = None) 
 
 
 def test_a_history_that_cannot_be_written_ends_no_conversation(conversation: Conversation, tmp_path: Path) -> None:
-    said = shown(conversation, "hello there", "and now", history=tmp_path)
+    (tmp_path / "file").touch()
+    said = shown(conversation, "hello there", "and now", history=tmp_path / "file" / "talk.json")
     assert said.count("cannot be written") == 2
     assert len(conversation.turns) == 2
+    assert "not saved: 2 of 2 turns" in said
 
 
 def test_commands_change_who_speaks(conversation: Conversation, tmp_path: Path) -> None:
@@ -64,6 +71,10 @@ def test_commands_change_who_speaks(conversation: Conversation, tmp_path: Path) 
     assert "[ask 0.7, doubt 1; read" in said
     assert "ask 0.7, doubt 1, confidence 1.00: given by hand" in said
     assert conversation.turns[1].text in said
+    assert "from now on: ask 0.7, doubt 1" in said
+    assert "from now on: base" in said
+    assert "from now on the dispatcher decides" in said
+    assert f"saved in {saved}: 8 messages" in said
     assert "not any more" not in json.dumps(conversation.messages)
     assert json.loads(saved.read_text()) == json.loads(history.read_text())
     assert json.loads(saved.read_text())["messages"] == conversation.messages
@@ -72,12 +83,20 @@ def test_commands_change_who_speaks(conversation: Conversation, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("/mix asks=1", "Did you mean 'ask'"),
-        ("/mix ask=much", "expected NAME=WEIGHT"),
-        ("/mixx", "There is no /mixx"),
+        ("/mix asks=1", "There is no expert 'asks' here. Did you mean 'ask'?"),
+        ("/mix nobody", "There is no expert 'nobody' here. There are: ask, doubt."),
+        ("/mix ask=much", "'ask=much': expected NAME=WEIGHT"),
+        ("/mix ask=", "'ask=': expected NAME=WEIGHT"),
+        ("/mix =1", "'=1': expected NAME=WEIGHT"),
+        ("/mix ask=nan", "The weight of 'ask' is nan: expected a finite number"),
+        ("/mix ask=1 ask=2", "'ask' stands twice"),
+        ("/mixx", "There is no /mixx. Did you mean '/mix'?"),
         ("/why", "Nobody has replied"),
         ("/base", "Nobody has replied"),
+        ("/result done", "Nobody has replied"),
         ("/save", "Say where"),
+        ("caf\udce9", "That line is no text"),
+        ("/mix \udce9", "That line is no text"),
         ("/save /proc/nowhere/at.json", "cannot be written"),
         ("x" * 300, "does not fit"),
     ],
@@ -94,6 +113,107 @@ def test_auto_needs_a_dispatcher(conversation: Conversation) -> None:
 
 
 def test_weights_are_numbers() -> None:
-    assert weights_in([]) == {}
-    with pytest.raises(DispatchError, match="NAME=WEIGHT"):
-        weights_in(["a=b"])
+    assert weights_in("") == {}
+    assert weights_in("ask = 0.7  doubt= -1 call") == {"ask": 0.7, "doubt": -1.0, "call": 1.0}
+
+
+def test_a_history_goes_on_where_it_was(conversation: Conversation, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    said = shown(conversation, "hello there", "/mix ask", "and now", history=file)
+    assert said.endswith(f"the conversation is in {file}\n")
+    other = Conversation(conversation.model, conversation.library, max_new_tokens=8)
+    said = shown(other, "/why", "/base", "what?", history=file)
+    assert f"goes on with the conversation in {file}: 4 messages" in said
+    assert "ask 1, confidence 1.00: given by hand" in said
+    assert other.messages[:4] == conversation.messages
+    assert read_saved(file) == (other.messages, other.turns)
+    assert len(other.turns) == 3
+    assert "goes on" not in shown(other, "once more", history=file)  # it is the same one
+    before = file.read_bytes()
+    with pytest.raises(DispatchError, match="has begun"):
+        shown(conversation, "hello", history=file)
+    assert file.read_bytes() == before
+
+
+def test_nothing_but_a_conversation_is_written_over(conversation: Conversation, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(DispatchError, match="is no saved conversation"):
+        shown(conversation, "hello there", history=notes)
+    said = shown(conversation, "hello there", f"/save {notes}", f"/save {tmp_path}")
+    assert said.count("is no saved conversation") == said.count("Nothing was written.") == 2
+    assert "not saved: 1 of 1 turns" in said
+    assert notes.read_text() == "mine"
+
+
+def test_an_interrupt_ends_a_reply_alone(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = Halves.decide
+    calls = iter([True, False, True, False])
+
+    def interrupted(self: Halves, *asked: Any) -> list[Decision]:
+        if next(calls):
+            raise KeyboardInterrupt
+        return decide(self, *asked)
+
+    monkeypatch.setattr(Halves, "decide", interrupted)
+    said = shown(conversation, "hello there", "hello again", "and?", "and now?")
+    assert said.count("stopped: the message is taken back, and nothing of the reply is kept") == 2
+    assert [one["content"] for one in conversation.messages if one["role"] == "user"] == ["hello again", "and now?"]
+
+    def interrupting(self: Conversation) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "base_reply", interrupting)
+    assert "stopped\n" in shown(conversation, "/base", "/why")
+
+    def at_the_prompt() -> Iterator[str]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(at_the_prompt()))
+    screen = io.StringIO()
+    run(conversation, console=Console(file=screen, width=200))
+    assert screen.getvalue().endswith("not saved: 2 of 2 turns; /save FILE or --history FILE would have kept them\n")
+
+
+def test_bytes_that_are_no_text_cost_their_line_alone(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n"), encoding="utf-8"))
+    screen = io.StringIO()
+    run(conversation, console=Console(file=screen, width=200))
+    assert screen.getvalue().count("That line is no text") == 1
+    assert [one["content"] for one in conversation.messages if one["role"] == "user"] == ["hello"]
+
+
+def test_help_says_what_every_command_does(conversation: Conversation) -> None:
+    said = shown(conversation, "/help", "//etc is a folder")
+    assert all(usage in said and does in said for usage, does in COMMANDS.items())
+    for usage in COMMANDS:
+        assert "There is no" not in shown(conversation, usage.partition(" ")[0])
+    assert conversation.messages[0] == user("/etc is a folder")
+
+
+def test_a_function_that_is_called_returns_something(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = '<tool_call>{"name": "book", "arguments": {"place": "Blue Heron", "people": 4}}</tool_call>'
+    texts = iter([call, "Done.", call, "It is."])
+    monkeypatch.setattr("svdexpert.dialogue.text_of", lambda *_: next(texts))
+    lines = ("hello", "/result", '/result {"ok":true}', "/result again", "more", "/result  it is full")
+    said = shown(conversation, *lines)
+    assert 'calls book(place="Blue Heron", people=4)' in said
+    assert "Say what book returns" in said
+    assert "The last reply calls no function" in said
+    told = [one for one in conversation.messages if one["role"] == "tool"]
+    assert told == [
+        {"role": "tool", "name": "book", "content": '{"ok": true}'},
+        {"role": "tool", "name": "book", "content": "it is full"},
+    ]
+    assert len(conversation.turns) == 4
+
+
+def test_what_was_left_out_is_said(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = Turn(assistant("yes"), "yes", Decision({}, 1.0, ""), 1, 0, dropped=3)
+    monkeypatch.setattr(Conversation, "say", lambda *_, **__: turn)
+    assert "its first 3 turns were left out" in shown(conversation, "hello")
