@@ -93,7 +93,7 @@ def decompose_model(
     _show(f"ready in {time.perf_counter() - start:.1f} s; factors are kept in {cache_folder()}")
 
 
-def inspect(path: str, plot: str | None = None, revision: str | None = None) -> None:
+def inspect(path: str, plot: str | None = None, revision: str | None = None, strategy: str | None = None) -> None:
     """Show an expert, a library with the conflicts in it, a dispatcher, or what could be adapted in a model.
 
     Args:
@@ -101,6 +101,7 @@ def inspect(path: str, plot: str | None = None, revision: str | None = None) -> 
             id or folder).
         plot: picture to write (.png, .pdf, .svg): offsets of an expert, conflict matrix of a library.
         revision: branch, tag or commit of a hub id.
+        strategy: that made the dispatcher, where it is one's own: a Python file or an import path.
     """
     from svdexpert import report
     from svdexpert.expert import Expert
@@ -126,7 +127,7 @@ def inspect(path: str, plot: str | None = None, revision: str | None = None) -> 
             report.plot_conflict(experts, picture)
             _show(f"picture in {picture}")
     elif place.is_file() and picture is None:
-        _show(_dispatcher_table(path))
+        _show(_dispatcher_table(path, strategy))
     else:
         if place.is_dir() and not (place / "config.json").is_file():
             raise ExpertError(f"{path} is neither an expert, nor a library of experts, nor a model.")
@@ -141,6 +142,7 @@ def generate(
     experts: str | None = None,
     mix: dict[str, float] | list[dict[str, float]] | None = None,
     dispatcher: str | None = None,
+    strategy: str | None = None,
     why: bool = False,
     chat: bool = False,
     tools: str | None = None,
@@ -162,6 +164,7 @@ def generate(
         mix: weights by name, e.g. '{ask: 0.7, doubt: 0.3}', or a list of such; {} is the base. Default: a lone expert
             at weight 1.
         dispatcher: file that `svdexpert dispatch fit` wrote; it decides who speaks instead of --mix, with --chat.
+        strategy: that made the dispatcher, where it is one's own: a Python file or an import path.
         why: say what its decision was based on.
         chat: put the prompt through the chat template.
         tools: JSON file with a list of functions (JSON schemas), with --chat.
@@ -192,7 +195,7 @@ def generate(
             raise MixtureError("--mix and --dispatcher both say who speaks: give one of them.")
         if not chat:
             raise DispatchError("--dispatcher decides on conversations: add --chat.")
-        made = _dispatcher(dispatcher, library)
+        made = _dispatcher(dispatcher, library, strategy)
     elif why:
         raise DispatchError("--why asks what a dispatcher's decision was based on: add --dispatcher FILE.")
     else:
@@ -513,11 +516,11 @@ def fit_dispatcher(
     """
     from svdexpert import dispatch, evaluate, report, worlds
 
-    strategy_fit = dispatch.load(strategy).fit  # a typing mistake is told before anything is loaded
+    dispatch.typed_settings(strategy, settings)  # a typing mistake is told before anything is loaded
     file = _file_to_write("--out", out)
     library = _chosen_from(experts)
     progress = sys.stderr.isatty()
-    if "progress" in signature(strategy_fit).parameters:
+    if "progress" in signature(dispatch.load(strategy).fit).parameters:
         settings = {"progress": progress, **settings}
     if examples is not None:
         rows, held = dispatch.read_examples(examples), []
@@ -525,6 +528,7 @@ def fit_dispatcher(
         place, names = worlds.load(world, data), _names(skills) or _skills(library)
         rows = dispatch.examples_of(names, place, "train", n, seed=seed)
         held = dispatch.examples_of(names, place, "validation", validation, seed=seed)
+    dispatch.check_wanted([*rows, *held], library)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     rows, held = _fitting(loaded, rows), _fitting(loaded, held)
     made = dispatch.fit(strategy, loaded, library, rows, held, **settings)
@@ -561,6 +565,7 @@ def eval_dispatcher(
     n: PositiveInt = 200,
     seed: int = 0,
     log: str | None = None,
+    strategy: str | None = None,
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -579,6 +584,7 @@ def eval_dispatcher(
         n: cases of each skill, even.
         seed: of the cases.
         log: JSONL file for all decisions; an earlier one is replaced.
+        strategy: that made the dispatcher, where it is one's own: a Python file or an import path.
         dtype: of the loaded weights.
         device_map: as in transformers, e.g. "auto" or "cuda"; needs accelerate.
         trust_remote_code: run modelling code from the repository.
@@ -589,13 +595,14 @@ def eval_dispatcher(
     from svdexpert.storage import whole_file
 
     library = _chosen_from(experts)
-    made = _dispatcher(dispatcher, library)
+    made = _dispatcher(dispatcher, library, strategy)
     file = None if log is None else _file_to_write("--log", log)
     if examples is not None:
         rows = dispatch.read_examples(examples)
     else:
         names = _names(skills) or _skills(library)
         rows = dispatch.examples_of(names, worlds.load(world, data), split, n, seed=seed)
+    dispatch.check_wanted(rows, library)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     rows = _fitting(loaded, rows)
     decisions = dispatch.decide(made, loaded, [one.context for one in rows], library, progress=sys.stderr.isatty())
@@ -614,6 +621,7 @@ def talk(
     model: str = "harbor",
     experts: str | None = None,
     dispatcher: str | None = None,
+    strategy: str | None = None,
     tools: str | None = None,
     instructions: str = "",
     policy: Literal["refill", "reuse"] = "refill",
@@ -631,6 +639,7 @@ def talk(
         model: hub id or local folder; "harbor" is the embedded base.
         experts: folder of an expert, or of a library.
         dispatcher: file that `svdexpert dispatch fit` wrote; it decides until /mix says otherwise.
+        strategy: that made the dispatcher, where it is one's own: a Python file or an import path.
         tools: JSON file with a list of functions (JSON schemas).
         instructions: a system message.
         policy: what becomes of the cache where the mixture changes: read again, or kept.
@@ -648,7 +657,7 @@ def talk(
     library = _experts(experts)
     if in_turn and dispatcher is None:
         raise DispatchError("--in_turn orders the experts that a dispatcher chooses: add --dispatcher FILE.")
-    made = None if dispatcher is None else _dispatcher(dispatcher, library)
+    made = None if dispatcher is None else _dispatcher(dispatcher, library, strategy)
     known = _tools(tools)
     file = None if history is None else _file_to_write("--history", history)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
@@ -691,28 +700,23 @@ def _names(names: Names | None) -> list[str] | None:
     return [names] if isinstance(names, str) else names
 
 
-def _dispatcher(path: str, library: "Mapping[str, Expert]") -> "Dispatcher":
+def _dispatcher(path: str, library: "Mapping[str, Expert]", strategy: str | None) -> "Dispatcher":
     """Return the dispatcher in a file, which may choose from a library."""
     from svdexpert import dispatch
 
     if not library:
         raise DispatchError("A dispatcher chooses from experts: say where they are with --experts FOLDER.")
-    if Path(path).is_dir():
-        raise DispatchError(
-            f"{path} is a folder, and a dispatcher is a file, which svdexpert dispatch fit writes. Folders of experts "
-            "are given with --experts."
-        )
-    return dispatch.open_file(path)
+    return dispatch.open_file(path, strategy)
 
 
-def _dispatcher_table(path: str) -> "Table":
+def _dispatcher_table(path: str, strategy: str | None) -> "Table":
     """Return what a file says of a dispatcher."""
     from rich.table import Table
     from rich.text import Text
 
     from svdexpert import dispatch
 
-    made = cast(Any, dispatch.open_file(path))
+    made = cast(Any, dispatch.open_file(path, strategy))
     card = dict(made.stored()[0])
     base = card.pop("made_for", {}).get("base")  # the rest of it are digests
     table = Table()

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from conftest import tiny
 
-from svdexpert import Expert, Library, SpectralModel, cli
+from svdexpert import Expert, Library, SpectralModel, cli, dispatch
 from svdexpert.conversation import invocation_of
+from svdexpert.dispatch.fixed import Fixed
 from svdexpert.evaluate import SkillResult
 
 Run = Callable[..., str]
@@ -273,7 +274,7 @@ def test_a_dispatcher_is_fitted_measured_and_talked_with(
 ) -> None:
     router, log = tmp_path / "router.safetensors", tmp_path / "log.jsonl"
     fit = ("dispatch", "fit", "--experts", skilled, "--out", router, "--settings.strength", 1.5)
-    said = run(*fit, "--n", 40, "--validation", 20)
+    said = run(*fit, "--n", 24, "--validation", 12)
     assert "router for call, clarify, disagree" in said
     assert "right in" in said
     assert "cases that its settings are chosen on" in said
@@ -306,17 +307,45 @@ def test_mistakes_with_dispatchers_end_with_a_message(run: Run, base: Path, libr
     fit = ["dispatch", "fit", "--experts", library, "--model", base, "--out", tmp_path / "made"]
     assert "None of the experts (ask, doubt) is named after a skill" in run(*fit, fails=True)
     assert "Did you mean 'router'" in run(*fit, "--strategy", "ruoter", fails=True)
-    assert "examples are too long: their last turn alone" in run(*fit, "--skills", "call", "--n", 4, fails=True)
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"messages": [{"role": "user", "content": "far too long " * 999}], "experts": ["ask"]}))
+    assert "examples are too long: their last turn alone" in run(*fit, "--examples", own, fails=True)
+    assert "wants 'call', which the library lacks" in run(*fit, "--skills", "call", "--n", 4, fails=True)
     tools = tmp_path / "tools.json"
     tools.write_text("{")
     assert "is no JSON" in run("chat", "--model", base, "--tools", tools, fails=True)
     measured = ["dispatch", "eval", "--experts", library, "--model", base]
     assert "is no dispatcher" in run(*measured, tools, fails=True)
-    assert f"{library} is a folder, and a dispatcher is a file" in run(*measured, library, fails=True)
+    assert f"{library} is a folder" in run(*measured, library, fails=True)
+    assert "'pears'" in run(*fit, "--settings.pears", 3, fails=True)
+    own.write_text('{"messages": [{"role": "user", "content": "hi"}], "experts": ["aks"]}\n')
+    for command in ([*measured, saved(Fixed({"ask": 1.0}), tmp_path)], fit):
+        told = run(*command, "--examples", own, fails=True)
+        assert "wants 'aks', which the library lacks. Did you mean 'ask'" in told
     assert "with --experts FOLDER" in run("dispatch", "fit", fails=True)
     assert "with --experts FOLDER" in run("chat", "--dispatcher", tools, fails=True)
     assert "add --dispatcher FILE" in run("chat", "--in_turn", "ask", "--experts", library, fails=True)
     assert not (tmp_path / "made").exists()
+
+
+def saved(dispatcher: Fixed, folder: Path) -> Path:
+    return dispatch.save_dispatcher(dispatcher, folder / "dispatcher.safetensors")
+
+
+class Mine(Fixed):
+    """A dispatcher of a strategy of one's own."""
+
+    strategy = "mine.py"
+
+
+def test_inspect_a_dispatcher_of_ones_own(run: Run, tmp_path: Path) -> None:
+    shown = run("inspect", saved(Fixed({"ask": 0.5}, "[told]"), tmp_path))
+    assert "ask 0.5" in shown
+    assert "[told]" in shown
+    file = saved(Mine({"ask": 0.5}, "[told]"), tmp_path)
+    assert "whose code would run here" in run("inspect", file, fails=True)
+    (tmp_path / "mine.py").write_text("from svdexpert.dispatch.fixed import fit, restored\n")
+    assert "[told]" in run("inspect", file, "--strategy", tmp_path / "mine.py")
 
 
 def test_what_cannot_be_written_is_told_before_any_work(run: Run, tmp_path: Path) -> None:
