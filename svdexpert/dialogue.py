@@ -379,7 +379,7 @@ class Conversation:
         decisions = list[Decision]()
         activated = self._activated()
         first = not activated and self.policy == "refill" and self._held  # who speaks decides what is read again
-        if dispatcher.experts and (first or not dispatcher.reads):
+        if self._asks(dispatcher) and (first or not dispatcher.reads):
             decisions = decide(dispatcher, model, [Context(tuple(messages), tuple(tools))], self.library)
             dispatcher = Fixed(decisions[0].weights, decisions[0].because)
         cache, kept = self._kept(prompt, dispatcher, activated)
@@ -388,7 +388,7 @@ class Conversation:
         how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "streamer": streamer}
         how |= {"return_dict_in_generate": True, "past_key_values": cache, "eos_token_id": sorted(ends)}
         how["logits_processor"] = LogitsProcessorList([_Finite()])
-        if dispatcher.experts:
+        if self._asks(dispatcher):
             note = None if decisions else decisions.extend
             output = model.generate(ids, library=self.library, dispatcher=dispatcher, on_decision=note, **how)
         else:
@@ -406,6 +406,10 @@ class Conversation:
         if before is None or by is not given or not self.hysteresis or not isinstance(given, ByHalves):
             return given
         return Sticky(given, before, self.hysteresis)
+
+    def _asks(self, dispatcher: Dispatcher) -> bool:
+        """Return whether somebody may speak; a dispatcher that names nobody is asked all the same, as in `generate`."""
+        return bool(dispatcher.experts or (self.library and not isinstance(dispatcher, Fixed)))
 
     def _named(self, names: Sequence[str]) -> None:
         """Raise a DispatchError unless the library holds these experts."""

@@ -234,7 +234,7 @@ class Chosen:
     """Lets the same experts speak in every turn."""
 
     reads = False
-    experts = ("ask", "doubt", "call")
+    experts: tuple[str, ...] = ("ask", "doubt", "call")
 
     def __init__(self, **weights: float) -> None:
         self.weights = weights
@@ -275,6 +275,16 @@ def test_experts_in_turn_are_one_conversation_each(talking: SpectralModel, activ
         mixed.mix(by_hand)
         for turn, text in enumerate(SAID):
             assert mixed.say(text).text == fresh(talking, mixed, by_hand, turn)
+
+
+def test_a_dispatcher_that_names_nobody_is_asked(model: SpectralModel) -> None:
+    class Nameless(Chosen):
+        experts = ()
+
+    talk = Conversation(model, library(model, True), Nameless(ask=1.0), max_new_tokens=4)
+    talk.say("hi")
+    assert talk.turns[0].text == fresh(model, talk, {"ask": 1.0}, 0, tokens=4)
+    assert talk.turns[0].decision.weights == {"ask": 1.0}
 
 
 def test_a_call_ends_a_reply_of_several(talking: SpectralModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +435,9 @@ def test_what_nobody_can_reply_to_is_refused(model: SpectralModel, message: Any,
     assert not talk.turns
 
 
-def test_a_saved_conversation_goes_on_as_it_would_have(talking: SpectralModel, tmp_path: Path) -> None:
+def test_a_saved_conversation_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    hf = tiny("llama", max_position_embeddings=512)
+    talking = SpectralModel.attach(hf, byte_tokenizer(), k=8, progress=False)
     experts, file = library(talking, True), tmp_path / "talk.json"
     how: dict[str, Any] = {"max_new_tokens": 10, "instructions": "be kind", "in_turn": ("doubt", "ask")}
     talk = Conversation(talking, experts, Chosen(ask=1.0, doubt=0.7), **how)
