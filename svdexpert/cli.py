@@ -108,7 +108,7 @@ def inspect(path: str, plot: str | None = None, revision: str | None = None, str
     from svdexpert.library import Library
 
     place = Path(path)
-    picture = None if plot is None else Path(plot)
+    picture = None if plot is None else _file_to_write("--plot", plot)
     if picture is not None and picture.suffix not in (".png", ".pdf", ".svg"):
         raise ExpertError(f"--plot {plot}: pictures end in .png, .pdf or .svg.")
     if (place / "expert.json").is_file():
@@ -644,7 +644,7 @@ def talk(
         instructions: a system message.
         policy: what becomes of the cache where the mixture changes: read again, or kept.
         hysteresis: margin around one half in which scores do not change who speaks.
-        history: JSON file that the conversation is written to after every turn.
+        history: JSON file that the conversation is written to after every turn; where it exists, that one goes on.
         max_new_tokens: of a reply.
         in_turn: experts in the order in which they speak one after another, where the dispatcher chooses several.
         dtype: of the loaded weights.
@@ -652,7 +652,7 @@ def talk(
         trust_remote_code: run modelling code from the repository.
     """
     from svdexpert import chat
-    from svdexpert.dialogue import Conversation
+    from svdexpert.dialogue import Conversation, read_saved
 
     library = _experts(experts)
     if in_turn and dispatcher is None:
@@ -660,6 +660,8 @@ def talk(
     made = None if dispatcher is None else _dispatcher(dispatcher, library, strategy)
     known = _tools(tools)
     file = None if history is None else _file_to_write("--history", history)
+    if file is not None and file.exists():
+        read_saved(file)
     loaded = _load_for(model, library, None, None, dtype, device_map, trust_remote_code)
     if made is not None:
         made.check(loaded, library)
@@ -680,7 +682,7 @@ def demo(folder: str = "runs/demo", n: PositiveInt = 64, data: str | None = None
     from svdexpert.demo import run
 
     _quiet_when_piped()
-    run(Path(folder), n, data)
+    run(_folder_to_write("--folder", folder), n, data)
 
 
 def _skills(library: "Mapping[str, Expert]") -> list[str]:

@@ -354,9 +354,12 @@ def test_what_cannot_be_written_is_told_before_any_work(run: Run, tmp_path: Path
     folder = "is a folder: give the path of a file"
     assert folder in run("dispatch", "fit", "--experts", "nowhere", "--out", tmp_path, fails=True)
     assert folder in run("chat", "--history", tmp_path, fails=True)
+    assert folder in run("inspect", "nowhere", "--plot", tmp_path, fails=True)
+    assert "is no saved conversation" in run("chat", "--history", file, fails=True)
     below = f"{file} is a file, where a folder is needed"
     assert below in run("dispatch", "fit", "--experts", "nowhere", "--out", file / "made", fails=True)
     assert below in run("train", "clarify", "--out", file, fails=True)
+    assert below in run("demo", "--folder", file, fails=True)
     assert below in run("bench", "knowing-doing", "--out", file / "deep" / "er", fails=True)
     assert below in run("export", "no/such-model", "nowhere", file, fails=True)
     with pytest.MonkeyPatch.context() as patch:
