@@ -51,7 +51,7 @@ class _Printer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write what is certain so far."""
-        self.console.print(Text(text), end="\n" if stream_end else "")
+        self.console.print(Text(text), end="\n" if stream_end else "", soft_wrap=True)
         self.within = not stream_end
 
     def break_off(self) -> None:

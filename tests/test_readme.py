@@ -32,6 +32,13 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
+def indented() -> list[list[str]]:
+    """Return the commands in indented blocks, which need data or take long: they are parsed, and not run."""
+    joined = README.replace("\\\n", " ")
+    lines = re.findall(r"^    (svdexpert .+)$", joined, flags=re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "Qwen3-0.6B"
@@ -82,7 +89,7 @@ def test_the_first_code_is_short() -> None:
     assert len(lines) <= 10
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+@pytest.mark.parametrize("command", [*commands(), *indented()], ids=" ".join)
 def test_the_commands_parse(command: list[str]) -> None:
     assert command[0] == "svdexpert"
     done = subprocess.run(

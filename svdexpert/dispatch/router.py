@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from statistics import fmean
 from typing import Any, ClassVar
@@ -210,7 +211,8 @@ def fit(
         "temperature": temperature,
     }
     if strength is None:
-        strengths = {name: likeliest_strength(model, library, name, validation, batch_size) for name in names}
+        likeliest = partial(likeliest_strength, model, library, examples=validation, batch_size=batch_size)
+        strengths = {name: likeliest(name=name, progress=progress) for name in names}
     else:
         strengths = dict.fromkeys(names, float(strength))
     made_for = stamp(model, names, library)
@@ -218,7 +220,13 @@ def fit(
 
 
 def likeliest_strength(
-    model: SpectralModel, library: Mapping[str, Expert], name: str, examples: Sequence[Example], batch_size: int = 32
+    model: SpectralModel,
+    library: Mapping[str, Expert],
+    name: str,
+    examples: Sequence[Example],
+    batch_size: int = 32,
+    *,
+    progress: bool = False,
 ) -> float:
     """Return the one of STRENGTHS at which an expert, alone, makes the replies likeliest that are due from it alone.
 
@@ -238,7 +246,8 @@ def likeliest_strength(
     found: dict[float, float] = {}
     for strength in STRENGTHS:
         with model.using({name: strength}, library):
-            given = answers(model, prompts, set(), "", batch_size=batch_size, progress=False, contexts=contexts)
+            how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "contexts": contexts}
+            given = answers(model, prompts, set(), f"{name} at {strength:g}", **how)
         found[strength] = fmean(fmean(answer.scores[0]) for answer in given)
     return max(found, key=lambda one: found[one])
 
