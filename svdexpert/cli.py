@@ -196,6 +196,8 @@ def generate(
         if not chat:
             raise DispatchError("--dispatcher decides on conversations: add --chat.")
         made = _dispatcher(dispatcher, library, strategy)
+    elif strategy is not None:
+        raise DispatchError("--strategy opens a dispatcher of one's own: add --dispatcher FILE.")
     elif why:
         raise DispatchError("--why asks what a dispatcher's decision was based on: add --dispatcher FILE.")
     else:
@@ -537,9 +539,9 @@ def fit_dispatcher(
     if held:
         decisions = dispatch.decide(made, loaded, [one.context for one in held], library, progress=progress)
         _show(report.dispatch_table(evaluate.judge([one.wanted for one in held], decisions)))
-    elif scores:
+    elif isinstance(scores, dict) and scores:
         _show(_listed(scores))
-    if held or scores:
+    if getattr(dispatch.load(strategy), "CHOOSES", True):
         _show("Those are cases that its settings are chosen on: svdexpert dispatch eval measures it on others.")
 
 
@@ -657,6 +659,8 @@ def talk(
     library = _experts(experts)
     if in_turn and dispatcher is None:
         raise DispatchError("--in_turn orders the experts that a dispatcher chooses: add --dispatcher FILE.")
+    if strategy is not None and dispatcher is None:
+        raise DispatchError("--strategy opens a dispatcher of one's own: add --dispatcher FILE.")
     made = None if dispatcher is None else _dispatcher(dispatcher, library, strategy)
     known = _tools(tools)
     file = None if history is None else _file_to_write("--history", history)
@@ -940,9 +944,11 @@ def run_command(components: Any, prog: str, **options: Any) -> None:
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             unknown = re.search(r"(?:ption '|unrecognized arguments: --)([\w.]+)", message)
-            known = [one.dest.rpartition(".")[2] for one in self._actions]
-            close = difflib.get_close_matches(unknown[1].rpartition(".")[2], known, n=1) if unknown else []
-            guess = f". Did you mean {close[0]!r}?" if close else ""
+            known = {one.dest.rpartition(".")[2]: one.dest for one in self._actions} | {
+                one.dest: one.dest for one in self._actions
+            }
+            close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+            guess = f". Did you mean {known[close[0]]!r}?" if close else ""
             name = self.prog.replace(" [options]", "")
             print(f"{name}: {message}{guess}\nSee {name} --help", file=sys.stderr)  # noqa: T201
             sys.exit(2)

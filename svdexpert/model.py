@@ -575,7 +575,7 @@ class SpectralModel:
         times = max(beams, config.num_return_sequences or defaults.num_return_sequences or 1)
         pending, opens = None, () if mixture is None else mixture.invocation
         if dispatcher is not None:
-            self._check_length(ids)
+            self._check_length(mask)
             asked = Asked(_contexts(prompts, tools), ids, mask)
             bank = self._bank_for(dispatcher, library)
             opens = bank.invocation
@@ -612,15 +612,16 @@ class SpectralModel:
         if library is None:
             raise DispatchError("A dispatcher needs library=...: the experts that it chooses from.")
         dispatcher.check(self, library)
-        if isinstance(library, Mapping):  # a dispatcher that names nobody may still be asked
-            library = {name: library[name] for name in dispatcher.experts or library}
+        if isinstance(library, Mapping):  # a dispatcher that names nobody is asked too, beside whomever
+            library = {name: library[name] for name in dispatcher.experts or tuple(library)[:1]}
         return self._bank(library, None)
 
-    def _check_length(self, ids: Tensor) -> None:
+    def _check_length(self, mask: Tensor) -> None:
         """Raise a TooLongError where a prompt leaves no room for a reply."""
         limit = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and ids.shape[1] >= limit:
-            raise TooLongError(f"The longest prompt has {ids.shape[1]} tokens, the model takes {limit} with the reply.")
+        longest = int(mask.sum(-1).max())
+        if isinstance(limit, int) and longest >= limit:
+            raise TooLongError(f"The longest prompt has {longest} tokens, the model takes {limit} with the reply.")
 
     def _decided(
         self,

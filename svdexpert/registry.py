@@ -35,6 +35,8 @@ def member(room: ModuleType, kind: str, name: str, parts: Sequence[str], error: 
         ModuleNotFoundError: it imports something that is not there.
     """
     path = name if "." in name else f"{room.__name__}.{name}"
+    if name.startswith(".") and not name.endswith(".py"):
+        raise error(f"There is no {kind} {name!r}.{did_you_mean(name, members(room))}")
     try:
         module = _of_file(Path(name)) if name.endswith(".py") else importlib.import_module(path)
     except FileNotFoundError as missing:

@@ -30,7 +30,7 @@ def json_rows(path: Path, raised: type[Exception]) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield place, json.loads(line.decode("utf-8"))
-                except ValueError as error:  # what is no UTF-8 is one too
+                except (ValueError, RecursionError) as error:  # what is no UTF-8 is a ValueError too
                     raise raised(f"{path.name}:{place}: no JSON in UTF-8 ({error}).") from error
 
 

@@ -53,9 +53,9 @@ def templated(
         )
     check_messages(messages)
     uses_functions = tools or any(one["role"] == "tool" or one.get("tool_calls") for one in messages)
-    if uses_functions and not _knows_functions(tokenizer, str(tokenizer.chat_template)):
-        messages, tools = spelled_out(messages, tools), ()
     try:
+        if uses_functions and not _knows_functions(tokenizer, str(tokenizer.chat_template)):
+            messages, tools = spelled_out(messages, tools), ()
         return tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, enable_thinking=False, **how)
     except Exception as error:  # a template is a program of somebody's
         roles = ", ".join(str(one["role"]) for one in messages)
@@ -65,10 +65,19 @@ def templated(
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raise an SvdExpertError unless every message is a dict with a role."""
+    """Raise an SvdExpertError unless every message is a dict with a role, and with calls that can be read, if any."""
     for place, one in enumerate(messages):
         if not isinstance(one, Mapping) or not isinstance(one.get("role"), str):
             raise SvdExpertError(f"Message {place} is {str(one)[:80]!r}; expected a dict with a role and a content.")
+        try:
+            well = all(isinstance(call.name, str) and isinstance(call.arguments, dict) for call in calls_of(one))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            well = False
+        if not well:
+            raise SvdExpertError(
+                f"Message {place} has tool_calls {str(one['tool_calls'])[:80]}; expected a list of "
+                '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
+            )
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ A module here offers
 
     def fit(model, library, examples, validation, **settings) -> Dispatcher
     def restored(card, tensors) -> Dispatcher                    the inverse of the dispatcher's `stored()`
+    CHOOSES = False                                              where it chooses nothing on validation examples
 
 and its dispatcher what `svdexpert.decision.Dispatcher` asks for. The folder is the registry, and
 `load("my_package.my_strategy")` or `load("folder/my_strategy.py")` takes a strategy from anywhere. A dispatcher is one
@@ -27,6 +28,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -42,7 +44,7 @@ from svdexpert.conversation import (
     watch,
 )
 from svdexpert.decision import Asked, Context, Decision, Dispatcher, present
-from svdexpert.errors import DispatchError, TooLongError, did_you_mean
+from svdexpert.errors import DispatchError, SkillError, SvdExpertError, TooLongError, did_you_mean
 from svdexpert.expert import Expert
 from svdexpert.forward import Forward, left_padded
 from svdexpert.mixture import Bank
@@ -51,7 +53,7 @@ from svdexpert.registry import member, members, stem
 from svdexpert.skills import Case, Skill, check_tool
 from svdexpert.skills import load as load_skill
 from svdexpert.storage import json_rows, whole_file
-from svdexpert.template import calls_of
+from svdexpert.template import check_messages
 from svdexpert.worlds import Dialogue, Message, Split, World, user
 
 __all__ = ["Asked", "Context", "Decision", "Dispatcher", "Example", "decide", "examples_of", "fit", "load", "open_file"]
@@ -75,7 +77,7 @@ class Example:
     reply: str = ""
 
 
-NO_SETTINGS: set[str | int] = {"model", "library", "examples", "validation"}
+FIT_ARGUMENTS: set[str | int] = {"model", "library", "examples", "validation"}
 """Arguments of a strategy's `fit` that every one has."""
 
 
@@ -145,7 +147,7 @@ def fit(
             f"There are {len(examples)} examples for {len(library)} experts and the base: give several of each, and of "
             "contexts in which no expert should speak."
         )
-    if not validation:
+    if not validation and getattr(module, "CHOOSES", True):
         examples, validation = split(examples)
     return cast(Dispatcher, module.fit(model, library, examples, validation, **settings))
 
@@ -159,16 +161,32 @@ def typed_settings(strategy: str, settings: Mapping[str, Any]) -> dict[str, Any]
     from jsonargparse import ArgumentError, ArgumentParser
 
     offered = load(strategy).fit
-    if any(one.kind is one.VAR_KEYWORD for one in signature(offered).parameters.values()):
-        return dict(settings)  # one's own, which takes whatever it is given
+    if strategy not in names():
+        return _taken_as_given(strategy, offered, settings)
     parser = ArgumentParser(exit_on_error=False)
-    names = parser.add_function_arguments(offered, as_positional=False, skip=NO_SETTINGS)
+    known = parser.add_function_arguments(offered, as_positional=False, skip=FIT_ARGUMENTS)
+    plain = {name: one.item() if isinstance(one, np.generic) else one for name, one in settings.items()}
     try:
-        return dict(parser.instantiate(parser.parse_object(dict(settings), defaults=False)))
+        return dict(parser.instantiate(parser.parse_object(plain, defaults=False)))
     except ArgumentError as error:
         said = " ".join(str(error).split())
-        has = ", ".join(names) or "none"
+        has = ", ".join(known) or "none"
         raise DispatchError(f"{strategy} does not take {dict(settings)}: {said}. Its settings: {has}.") from error
+
+
+def _taken_as_given(strategy: str, offered: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a strategy of one's own, whose types are its own business.
+
+    Raises:
+        DispatchError: one that it does not have.
+    """
+    parameters = list(signature(offered).parameters.values())
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        known = [one.name for one in parameters[len(FIT_ARGUMENTS) :]]
+        for name in settings:
+            if name not in known:
+                raise DispatchError(f"{strategy} has no setting {name!r}. There are: {', '.join(known) or 'none'}.")
+    return dict(settings)
 
 
 def check_wanted(examples: Sequence[Example], library: Mapping[str, Expert] | Bank) -> None:
@@ -187,12 +205,17 @@ def check_wanted(examples: Sequence[Example], library: Mapping[str, Expert] | Ba
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Return what is learnt from, and what settings are chosen on: every fifth of those that want the same experts."""
+    """Return what is learnt from, and what settings are chosen on.
+
+    Of those that want the same experts every fifth is kept to choose on, of fewer than five the last one, and of one
+    none.
+    """
+    many = Counter(one.wanted for one in examples)
     seen: Counter[frozenset[str]] = Counter()
     parts: tuple[list[Example], list[Example]] = ([], [])
     for one in examples:
         seen[one.wanted] += 1
-        parts[seen[one.wanted] % 5 == 0].append(one)
+        parts[seen[one.wanted] in range(min(5, max(2, many[one.wanted])), len(examples) + 1, 5)].append(one)
     return parts
 
 
@@ -279,7 +302,7 @@ def _read(path: Path) -> Iterator[Example]:
         messages = row.get("messages") if isinstance(row, dict) else None
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise DispatchError(f"{path.name}:{place}: found {str(row)[:80]!r}, {form}.")
-        if messages[-1]["role"] not in ("user", "tool"):
+        if messages[-1]["role"] in ("assistant", "system", "developer"):
             raise DispatchError(
                 f"{path.name}:{place}: the last message is of the role {messages[-1]['role']!r}, expected user or "
                 "tool, to which the assistant replies."
@@ -290,8 +313,11 @@ def _read(path: Path) -> Iterator[Example]:
         tools = row.get("tools") or []
         if not isinstance(tools, list):
             raise DispatchError(f"{path.name}:{place}: tools is {tools!r}, {form}.")
-        for tool in tools:
-            check_tool(tool)
+        try:
+            for tool in tools:
+                check_tool(tool)
+        except SkillError as error:
+            raise DispatchError(f"{path.name}:{place}: {error}") from error
         reply = row.get("reply") or ""
         if not isinstance(reply, str):
             raise DispatchError(f"{path.name}:{place}: reply is {str(reply)[:80]!r}, expected a text.")
@@ -302,15 +328,12 @@ def _read(path: Path) -> Iterator[Example]:
 
 
 def _is_message(one: Any) -> bool:
-    """Return whether this is a message: a role, and a text, calls or both."""
-    if not isinstance(one, dict) or not isinstance(one.get("role"), str):
-        return False
+    """Return whether this is a message: a role, and a content, calls or both."""
     try:
-        calls = calls_of(one)
-    except (AttributeError, KeyError, TypeError, ValueError):
+        check_messages([one])
+    except SvdExpertError:
         return False
-    content = one.get("content")
-    return isinstance(content, str) or (content is None and bool(calls))
+    return isinstance(one.get("content"), str | list | dict) or bool(one.get("tool_calls"))
 
 
 # --- asking the base what a context needs
@@ -416,6 +439,18 @@ class Labelling:
         return {"labels": dict(self.labels), "nobody": self.nobody, "made_for": dict(self.made_for)}
 
 
+def labelling(card: Mapping[str, Any]) -> tuple[dict[str, str], str, Mapping[str, Any]]:
+    """Return labels, what the answer `none` means, and what it was made for, as a file says them.
+
+    Raises:
+        ValueError: the labels are not those of its experts.
+    """
+    labels = {str(name): str(meaning) for name, meaning in card["labels"].items()}
+    if labels.keys() != card["made_for"]["experts"].keys():
+        raise ValueError(f"labels {list(labels)}")
+    return labels, str(card["nobody"]), card["made_for"]
+
+
 def labelled(names: Sequence[str], table: Tensor, why: str, abstain_below: float = 0.0) -> list[Decision]:
     """Return a decision for every row of log-probabilities of labels (b l): the likeliest one speaks.
 
@@ -469,7 +504,10 @@ def decide(
     for places, ids, seen in _batches(model, contexts, batch_size, progress):
         some = [contexts[place] for place in places]
         state = read(model, ids, seen) if dispatcher.reads else None
-        found.update(zip(places, dispatcher.decide(model, Asked(some, ids, seen, state)), strict=True))
+        decisions = dispatcher.decide(model, Asked(some, ids, seen, state))
+        if len(decisions) != len(places):
+            raise DispatchError(f"The dispatcher took {len(decisions)} decisions for {len(places)} conversations.")
+        found.update(zip(places, decisions, strict=True))
     return [found[place] for place in range(len(contexts))]
 
 
@@ -630,6 +668,10 @@ def save_dispatcher(dispatcher: Any, path: str | Path) -> Path:
     return path
 
 
+DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
+"""What reading a file raises that is not as it was written."""
+
+
 def open_file(path: str | Path, strategy: str | None = None) -> Dispatcher:
     """Return the dispatcher in a file.
 
@@ -657,14 +699,20 @@ def open_file(path: str | Path, strategy: str | None = None) -> Dispatcher:
             raise DispatchError(f"{path} has version {card['version']}, this library reads {VERSION}: fit it again.")
         if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
             raise DispatchError(f"{path} holds NaN or infinite values: fit it again.")
-        made_by = card["strategy"]
-        if made_by not in names() and strategy is None:
-            raise DispatchError(
-                f"{path} was made by {made_by!r}, a strategy of somebody's own, whose code would run here: if you "
-                "trust it, give its file or import path as `strategy`."
-            )
+        made_by = str(card["strategy"])
         if "made_for" in card:
             _check_made_for(card["made_for"])
-        return cast(Dispatcher, load(strategy or made_by).restored(card, tensors))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except DAMAGE as error:
+        raise DispatchError(f"{path} is damaged ({type(error).__name__}: {error}): fit it again.") from error
+    if strategy is not None and stem(strategy) != stem(made_by):
+        raise DispatchError(f"{path} was made by the strategy {made_by!r}, and not by {strategy!r}.")
+    if strategy is None and made_by not in names():
+        raise DispatchError(
+            f"{path} was made by {made_by!r}, a strategy of somebody's own, whose code would run here: if you trust "
+            "it, give its file or import path as `strategy` (--strategy)."
+        )
+    module = load(strategy or made_by)
+    try:
+        return cast(Dispatcher, module.restored(card, tensors))
+    except DAMAGE as error:
         raise DispatchError(f"{path} is damaged ({type(error).__name__}: {error}): fit it again.") from error

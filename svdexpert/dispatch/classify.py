@@ -11,17 +11,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
 from svdexpert.decision import Asked, Decision
-from svdexpert.dispatch import NOBODY, Example, Labelling, labelled, meanings, question, quoted, stamp
+from svdexpert.dispatch import NOBODY, Example, Labelling, labelled, labelling, meanings, question, quoted, stamp
 from svdexpert.expert import Core, Expert
 from svdexpert.mixture import Mixture
 from svdexpert.model import SpectralModel
 from svdexpert.recipe import Recipe
 from svdexpert.training import train
+
+CHOOSES = False  # nothing on validation examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +55,12 @@ class Classify(Labelling):
 
 def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classify:
     """Return what was stored."""
-    how = (tuple(card["invocation"]), card.get("core", "diag"), int(card.get("reach", 0)))
-    return Classify(card["labels"], card["nobody"], card["made_for"], tensors["offsets"], *how)
+    labels, nobody, made_for = labelling(card)
+    core = card.get("core", "diag")
+    if core not in get_args(Core):
+        raise ValueError(f"core {core!r}")
+    how = (tuple(map(int, card["invocation"])), core, int(card.get("reach", 0)))
+    return Classify(labels, nobody, made_for, tensors["offsets"], *how)
 
 
 def fit(

@@ -33,6 +33,7 @@ from svdexpert.mixture import Bank, Mixture
 from svdexpert.model import SpectralModel
 
 POPULATION, ELITE = 32, 6
+CHOOSES = False  # nothing on validation examples
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from svdexpert.expert import Expert
 from svdexpert.mixture import Bank
 from svdexpert.model import SpectralModel
 
+CHOOSES = False  # nothing on validation examples
 RULES = ("none", "uniform", "sum", "best")
 
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from svdexpert.decision import Asked, Context, Decision
-from svdexpert.dispatch import NOBODY, Example, Labelling, label_scores, labelled, meanings, stamp
+from svdexpert.dispatch import NOBODY, Example, Labelling, label_scores, labelled, labelling, meanings, stamp
 from svdexpert.errors import DispatchError
 from svdexpert.expert import Expert
 from svdexpert.model import SpectralModel
 from svdexpert.worlds import user
+
+CHOOSES = False  # nothing on validation examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,10 @@ class Prompt(Labelling):
 
 def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prompt:
     """Return what was stored."""
-    return Prompt(card["labels"], card["nobody"], card["made_for"], tensors["prior"])
+    labels, nobody, made_for = labelling(card)
+    if tensors["prior"].shape != (len(labels) + 1,):
+        raise ValueError(f"prior {tuple(tensors['prior'].shape)} of {len(labels)} labels")
+    return Prompt(labels, nobody, made_for, tensors["prior"])
 
 
 def fit(

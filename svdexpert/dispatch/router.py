@@ -123,7 +123,9 @@ def restored(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:
     threshold, strengths = float(card["abstain_below"]), finite_weights(card["strengths"])
     if not 0 <= threshold <= 1:
         raise ValueError(f"abstain_below {threshold}")
-    return Router(weight, bias, threshold, card["made_for"], strengths, dict(card["scores"]))
+    if strengths.keys() - card["made_for"]["experts"].keys():
+        raise ValueError(f"strengths {strengths}")
+    return Router(weight.float(), bias.float(), threshold, card["made_for"], strengths, dict(card["scores"]))
 
 
 def probabilities(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def fit(
             raise DispatchError(f"No example wants {name!r}: give some, or leave it out of the library.")
     if not validation:
         raise DispatchError(
-            f"There are {len(examples)} examples and none to choose settings on: give at least 5 that want the same, "
+            f"There are {len(examples)} examples and none to choose settings on: give at least 2 that want the same, "
             "or some for it alone."
         )
     states = states_of(model, [one.context for one in examples], batch_size=batch_size, progress=progress).double()
