@@ -325,6 +325,7 @@ def test_mistakes_with_dispatchers_end_with_a_message(run: Run, base: Path, libr
     assert "with --experts FOLDER" in run("dispatch", "fit", fails=True)
     assert "with --experts FOLDER" in run("chat", "--dispatcher", tools, fails=True)
     assert "add --dispatcher FILE" in run("chat", "--in_turn", "ask", "--experts", library, fails=True)
+    assert "add --dispatcher FILE" in run("chat", "--strategy", "mine.py", "--experts", library, fails=True)
     assert not (tmp_path / "made").exists()
 
 
