@@ -103,12 +103,12 @@ class Sticky(Around):
     so that a set which is too unsure to speak stays silent, whoever spoke before.
 
     Attributes:
-        before: its last decision.
+        before: weights of its last decision.
         margin: by how much a score must pass one half to change who speaks, in [0, 0.5).
     """
 
     inner: ByHalves
-    before: Decision
+    before: Mapping[str, float]
     margin: float
 
     def decide(self, model: SpectralModel, asked: Asked) -> list[Decision]:
@@ -120,7 +120,7 @@ class Sticky(Around):
             return one
         near = {name for name, score in one.scores.items() if abs(score - 0.5) < self.margin}
         spoken = {name for name, weight in one.weights.items() if weight}
-        kept = (spoken - near) | {name for name in near if self.before.weights.get(name)}
+        kept = (spoken - near) | {name for name in near if self.before.get(name)}
         if kept == spoken:
             return one
         because = f"{one.because}; as in the turn before: {', '.join(sorted(near))}"
@@ -172,6 +172,8 @@ class Turn:
             which the next expert would no longer see what the user said.
         dropped: turns at the beginning of the conversation that no longer fit the model's context and were left out; a
             turn is a user's message and all that follows up to the next one.
+        dispatched: weights as the dispatcher has given them, whatever of the reply was written: from there hysteresis
+            goes on; None where they were given by hand.
     """
 
     reply: Message
@@ -181,6 +183,7 @@ class Turn:
     kept: int
     parts: tuple[str, ...] = ()
     dropped: int = 0
+    dispatched: Mapping[str, float] | None = None
 
 
 class _Finite(LogitsProcessor):
@@ -241,7 +244,7 @@ class Conversation:
         self._held: list[int] = []  # ids that the cache holds
         self._exact = 0  # of them, those that are what the base, or the mixture of all turns so far, makes of them
         self._spoke: Mapping[str, float] = {}
-        self._taken: tuple[Dispatcher | None, Decision] | None = None  # the last decision, and whose it was
+        self._decided: Dispatcher | None = None  # who did in the last turn
 
     def mix(self, weights: Mapping[str, float]) -> None:
         """Let these experts speak from now on.
@@ -280,16 +283,17 @@ class Conversation:
         _check(messages)
         if all(one["role"] in ("system", "developer") for one in (*self.messages, *messages)):
             raise DispatchError("The conversation is empty: there is nothing to reply to.")
-        before = len(self.messages)
-        self.messages.extend(messages)
-        try:
+        said, replied, decided = len(self.messages), len(self.turns), self._decided
+        try:  # an interrupt at any line takes all of it back
+            self.messages.extend(messages)
             turn = self._turn(streamer)
+            self.messages.append(turn.reply)
+            self.turns.append(turn)
+            self._decided = self.dispatcher
         except BaseException:
-            del self.messages[before:]
-            self._cache = None
+            del self.messages[said:], self.turns[replied:]
+            self._cache, self._decided = None, decided
             raise
-        self.messages.append(turn.reply)
-        self.turns.append(turn)
         return turn
 
     def base_reply(self) -> str:
@@ -320,6 +324,8 @@ class Conversation:
     def resume(self, path: str | Path) -> None:
         """Go on with a conversation that `save` wrote; the next turn reads all of it.
 
+        The dispatcher that is there now counts as the one that decided in it.
+
         Raises:
             DispatchError: the file holds no conversation, or one with other instructions; this one has begun.
         """
@@ -331,7 +337,7 @@ class Conversation:
             raise DispatchError(
                 f"The conversation in {path} has the instructions {told!r}: give the same, or none, or another file."
             )
-        self.messages, self.turns = messages, turns
+        self.messages, self.turns, self._decided = messages, turns, self.dispatcher
 
     # --- one turn
 
@@ -339,8 +345,7 @@ class Conversation:
         dispatcher = self._dispatcher()
         if not self.in_turn or isinstance(dispatcher, Fixed):
             turn = self._part(self.messages, dispatcher, streamer)
-            self._taken = (self.dispatcher, turn.decision)
-            return turn
+            return turn if isinstance(dispatcher, Fixed) else replace(turn, dispatched=dict(turn.decision.weights))
         first = First(dispatcher, self.in_turn)
         parts, behind = [self._part(self.messages, first, streamer)], list(self.messages)
         (whole,), ended = first.whole, ""
@@ -354,12 +359,12 @@ class Conversation:
             except TooLongError:
                 ended = "the context has no room for another part"
                 break
-        self._taken = (self.dispatcher, whole)
         said = " ".join(one.text for one in parts)
         decision = _of_parts(whole, parts, ended) if ended else whole
         read, kept = sum(one.read for one in parts), sum(one.kept for one in parts)
         texts = tuple(one.text for one in parts) if first.due else ()
-        return Turn(as_message(said), said, decision, read, kept, texts, max(one.dropped for one in parts))
+        dropped = max(one.dropped for one in parts)
+        return Turn(as_message(said), said, decision, read, kept, texts, dropped, dict(whole.weights))
 
     def _part(self, messages: Sequence[Message], dispatcher: Dispatcher, streamer: BaseStreamer | None) -> Turn:
         """Return what is said behind messages: all of a reply, or a part of one.
@@ -402,8 +407,8 @@ class Conversation:
     def _dispatcher(self) -> Dispatcher:
         """Return what decides on the next turn."""
         given = self.dispatcher or Fixed({})
-        by, before = self._taken or (None, None)
-        if before is None or by is not given or not self.hysteresis or not isinstance(given, ByHalves):
+        before = self.turns[-1].dispatched if self.turns and self._decided is given else None
+        if before is None or not self.hysteresis or not isinstance(given, ByHalves):
             return given
         return Sticky(given, before, self.hysteresis)
 
@@ -493,13 +498,28 @@ def read_saved(path: str | Path) -> tuple[list[Message], list[Turn]]:
         _check(messages)
         rest = reversed(messages)
         for place in reversed(range(len(turns))):  # the reply of a turn is the message itself, not one that is equal
-            reply = next(one for one in rest if one == turns[place].reply)
+            reply = next(one for one in rest if begins_with([one], [turns[place].reply]))
             turns[place] = replace(turns[place], reply=reply)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DispatchError) as error:
+    except (
+        OSError,
+        ArithmeticError,  # what JSON calls Infinity is no integer, and its integers know no limit
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        DispatchError,
+    ) as error:
         raise DispatchError(f"{path} is no saved conversation ({type(error).__name__}: {error}).") from error
     except StopIteration:
         raise DispatchError(f"{path} is no saved conversation: a turn's reply is not among its messages.") from None
     return messages, turns
+
+
+def begins_with(messages: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Return whether a conversation begins with other messages, as they are written: a NaN there is the same NaN."""
+    first, second = (json.dumps(list(some), default=repr) for some in (messages[: len(others)], others))
+    return first == second
 
 
 def _turn_of(row: Mapping[str, Any]) -> Turn:
@@ -510,7 +530,9 @@ def _turn_of(row: Mapping[str, Any]) -> Turn:
     )
     decision = Decision(weights, float(told["confidence"]), str(told["because"]), scores, alone)
     parts = tuple(map(str, row["parts"]))
-    how = (int(row["read"]), int(row["kept"]), parts, int(row.get("dropped", 0)))  # 0.1.0 had no such count
+    given = row.get("dispatched")  # 0.1.0 had neither this nor the next
+    dispatched = None if given is None else {str(name): float(one) for name, one in given.items()}
+    how = (int(row["read"]), int(row["kept"]), parts, int(row.get("dropped", 0)), dispatched)
     return Turn(dict(row["reply"]), str(row["text"]), decision, *how)
 
 

@@ -187,12 +187,12 @@ def test_hysteresis_asks_how_loudly_those_speak_who_are_left(model: SpectralMode
     ):
         scores = Scores(*rows)
         (before,) = scores.decide(model, ASKED)
-        (found,) = Sticky(scores, before, 0.1).decide(model, ASKED)
+        (found,) = Sticky(scores, before.weights, 0.1).decide(model, ASKED)
         assert found.weights == weights
 
 
 def test_hysteresis_lets_nobody_speak_where_the_dispatcher_is_too_unsure(model: SpectralModel) -> None:
-    before = Decision({"doubt": 1.0}, 1.0, "said")
+    before = {"doubt": 1.0}
     for row, threshold, chosen in (
         ((0.9, 0.45), 0.55, set()),  # 0.495: ask is the likelier one, and silent
         ((0.1, 0.45), 0.55, set()),
@@ -213,6 +213,78 @@ def test_hysteresis_counts_from_turns_of_the_same_dispatcher(model: SpectralMode
     assert [sorted(talk.say(one).decision.weights) for one in "cde"] == [[], [], []]
     talk.dispatcher = Scores((0.55, 0.1))
     assert talk.say("f").decision.weights == {"ask": 2.0}
+
+
+def test_hysteresis_goes_on_in_turns_and_in_a_saved_conversation(tmp_path: Path) -> None:
+    hf = tiny("llama", max_position_embeddings=512)
+    talking = SpectralModel.attach(hf, byte_tokenizer(), k=8, progress=False)
+    experts, file = library(talking, True), tmp_path / "talk.json"
+    rows = [(0.9, 0.9), (0.45, 0.45), (0.45, 0.45)]
+    for in_turn, by_hand in (((), False), (("ask", "doubt"), False), (("ask", "doubt"), True)):
+        how: dict[str, Any] = {"max_new_tokens": 1, "in_turn": in_turn}
+        talk = Conversation(talking, experts, Scores(*rows), **how)
+        chosen = [talk.say(text).decision.chosen for text in SAID[:2]]
+        assert chosen == [{"ask", "doubt"}] * 2
+        if by_hand:
+            scores = talk.dispatcher
+            talk.mix({"ask": 1.0})
+            assert talk.say("by hand").dispatched is None
+            talk.dispatcher = scores
+        talk.save(file)
+        other = Conversation(talking, experts, Scores(*rows[2:]), **how)
+        other.resume(file)
+        assert other.say(SAID[2]).decision == talk.say(SAID[2]).decision
+        assert bool(talk.turns[-1].decision.chosen) != by_hand
+
+
+def test_hysteresis_goes_by_what_was_decided_and_not_by_what_was_written(
+    model: SpectralModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "svdexpert.dialogue.text_of", lambda *_: '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    )
+    experts, how = library(model, True), {"max_new_tokens": 1, "in_turn": ("ask", "doubt")}
+    talk = Conversation(model, experts, Scores((0.9, 0.9)), **how)  # type: ignore[arg-type]
+    assert talk.say("a").decision.chosen == {"ask"}
+    talk.save(tmp_path / "talk.json")
+    row = json.loads((tmp_path / "talk.json").read_text())
+    other = Conversation(model, experts, Scores((0.1, 0.45)))
+    other.resume(tmp_path / "talk.json")
+    monkeypatch.undo()
+    assert other._dispatcher().decide(model, ASKED)[0].weights == {"doubt": 2.0}  # type: ignore[attr-defined]
+    del row["turns"][0]["dispatched"]  # as 0.1.0 wrote it
+    (tmp_path / "talk.json").write_text(json.dumps(row))
+    old = Conversation(model, experts, Scores((0.1, 0.45)))
+    old.resume(tmp_path / "talk.json")
+    assert old._dispatcher() is old.dispatcher
+
+
+class Interrupting(list[Any]):
+    """Is interrupted as soon as something stands in it."""
+
+    def append(self, one: Any) -> None:
+        super().append(one)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["messages", "turns"])
+def test_an_interrupt_takes_back_all_of_a_turn(model: SpectralModel, where: str) -> None:
+    talk = Conversation(model, max_new_tokens=1)
+    setattr(talk, where, Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        talk.say("a")
+    assert not talk.messages
+    assert not talk.turns
+
+
+def test_a_call_with_no_number_in_it_is_found_again(model: SpectralModel, tmp_path: Path) -> None:
+    talk = Conversation(model, max_new_tokens=1)
+    talk.say("a")
+    called = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"n": float("nan")}}]}
+    talk.messages[-1:], talk.turns[-1] = [called], replace(talk.turns[-1], reply=called)
+    talk.save(tmp_path / "talk.json")
+    messages, turns = read_saved(tmp_path / "talk.json")
+    assert turns[0].reply is messages[-1]
 
 
 def test_hysteresis_is_for_dispatchers_whose_boundary_is_one_half(model: SpectralModel) -> None:
@@ -256,12 +328,15 @@ def test_experts_in_turn_are_one_conversation_each(talking: SpectralModel, activ
         before = list(talk.messages)
         found = talk.say(SAID[turn])
         parts: list[str] = []
+        prompts: list[int] = []
         for mixture in ({"doubt": 0.7, "call": 0.3}, {"ask": 2.0}):
             alone = Conversation(talking, experts, Fixed(mixture), **how)
             alone.messages += [*before, user(SAID[turn]), *([assistant(parts[0])] if parts else [])]
             parts.append(alone.say(NOD).text if parts else alone.reply_to().text)
+            prompts += [alone.turns[-1].read + alone.turns[-1].kept]
         assert found.parts == tuple(parts)
         assert found.text == " ".join(parts) == talk.messages[-1]["content"]
+        assert found.read + found.kept == sum(prompts)
         assert found.decision.weights == {"ask": 1.0, "doubt": 0.7, "call": 0.3}
     assert [one["role"] for one in talk.messages] == ["user", "assistant"] * 2
     one = Conversation(talking, experts, Chosen(ask=1.0, call=0.3), in_turn=("doubt", "ask"), **how)
@@ -477,6 +552,17 @@ def test_a_saved_conversation_goes_on_as_it_would_have(tmp_path: Path) -> None:
         '{"messages": [], "turns": [{"reply": {}, "text": "", "read": 1, "kept": 0, "parts": [], "decision": '
         '{"weights": {}, "scores": {}, "alone": {}, "confidence": 1, "because": ""}}]}',
         "[" * 100_000,
+        *(
+            '{"messages": [{"role": "assistant", "content": ""}], "turns": [{"reply": {"role": "assistant", '
+            f'"content": ""}}, "text": "", "read": {read}, "kept": 0, "parts": [], "decision": {{"weights": '
+            f'{{"ask": {weight}}}, "scores": {{}}, "alone": {{}}, "confidence": {sure}, "because": ""}}}}]}}'
+            for read, weight, sure in (
+                ("Infinity", 1, 1),
+                ("NaN", 1, 1),
+                (1, 10**400, 1),
+                (1, 1, 10**400),
+            )
+        ),
     ],
 )
 def test_a_file_that_is_no_conversation_is_refused(text: str, model: SpectralModel, tmp_path: Path) -> None:
