@@ -1,7 +1,8 @@
 """A conversation in the terminal: what is said, who speaks, and why.
 
 What begins with "/" is a command (`COMMANDS`, or /help), everything else is said. An error ends a turn, never the
-conversation: the message is taken back. So does Ctrl-C while a reply is being written.
+conversation: the message is taken back. So does Ctrl-C while a reply is being written; at the prompt it ends the
+conversation where it comes twice in a row.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,19 +26,20 @@ from transformers import TextStreamer
 
 from svdexpert.conversation import tokenizer_of
 from svdexpert.decision import Decision, Dispatcher
-from svdexpert.dialogue import Conversation, Turn, read_saved
+from svdexpert.dialogue import Conversation, Turn, begins_with, read_saved
 from svdexpert.errors import DispatchError, SvdExpertError, did_you_mean
 from svdexpert.reply import Call, read
+from svdexpert.worlds import Message, user
 
 COMMANDS = {
     "/mix NAME=WEIGHT ...": "these experts speak from now on, as clarify=0.7 disagree=0.3; /mix alone is the base",
     "/auto": "the dispatcher decides again",
     "/why": "what the last reply was based on",
     "/base": "the last turn once more, answered by the base, side by side",
-    "/result TEXT": "what the function returns that the last reply has called, as text or JSON",
+    "/result TEXT": "what the function returns that the last reply has called; of several, the next one in order",
     "/save FILE": "write the conversation as JSON",
     "/help": "this list",
-    "/quit": "the end, as the end of the input and Ctrl-C are; while a reply is written, Ctrl-C takes the message back",
+    "/quit": "the end, as Ctrl-D is, or Ctrl-C twice; while a reply is written, Ctrl-C takes the message back",
     "//...": "say what begins with a single /",
 }
 """What can be typed, and what it does."""
@@ -124,12 +128,39 @@ def run(
     console = console or Console()
     chat = _Chat(conversation, console, history, conversation.dispatcher)
     chat.begin()
-    for line in lines if lines is not None else _typed(console):
-        if line.strip() == "/quit":
-            break
-        if line.strip():
-            chat.take(line)
+    typed = lines if lines is not None else _Typed(console)
+    interrupted = False  # at the prompt, and nothing was typed since
+    while True:
+        line = None
+        try:
+            line = next(typed, "/quit")
+            if line.split()[:1] == ["/quit"]:
+                break
+            interrupted = False
+            if line.strip():
+                chat.take(line)
+        except KeyboardInterrupt:
+            if line is None and interrupted:
+                break
+            interrupted = line is None
+            with contextlib.suppress(KeyboardInterrupt):
+                chat.interrupted()
     chat.end()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Where the conversation stands on the disk.
+
+    Attributes:
+        path: of its file, None where there is none.
+        turns: how many it holds.
+        stamp: what tells the file from one that somebody else has written there since.
+    """
+
+    path: Path | None = None
+    turns: int = 0
+    stamp: tuple[int, ...] = ()
 
 
 @dataclass
@@ -140,7 +171,8 @@ class _Chat:
     console: Console
     history: Path | None
     auto: Dispatcher | None
-    saved: tuple[Path | None, int] = field(default=(None, 0), init=False)  # the last file, and the turns in it
+    saved: _Saved = field(default=_Saved(), init=False)
+    results: list[Message] = field(default_factory=list, init=False)  # of the last reply's calls, while others are due
 
     def begin(self) -> None:
         """Go on with the history, and say what there is."""
@@ -148,11 +180,12 @@ class _Chat:
         self._show(f"experts: {', '.join(self.conversation.library) or 'none'}; {verbs}")
         if self.history is None or not self.history.exists():
             return
+        stamp = _stamp(self.history)
         messages, turns = read_saved(self.history)
-        if messages != self.conversation.messages[: len(messages)]:
+        if not begins_with(self.conversation.messages, messages):
             self.conversation.resume(self.history)
             self._show(f"this goes on with the conversation in {self.history}: {len(messages)} messages")
-        self.saved = (self.history, len(turns))
+        self.saved = _Saved(self.history, len(turns), stamp)
 
     def take(self, line: str) -> None:
         """Do, or say, what was typed."""
@@ -172,15 +205,19 @@ class _Chat:
             self.console.print()
             self._show("stopped" + ("; the reply stands" if len(self.conversation.turns) > before else ""))
 
+    def interrupted(self) -> None:
+        """Say how a conversation ends."""
+        self.console.print()
+        self._show("/quit or the end of the input (Ctrl-D) ends the conversation; so does Ctrl-C once more")
+
     def end(self) -> None:
         """Say where the conversation is."""
-        path, turns = self.saved
-        lost = len(self.conversation.turns) - turns
+        lost = len(self.conversation.turns) - self.saved.turns
         if lost:
             all_of_them = len(self.conversation.turns)
             self._show(f"not saved: {lost} of {all_of_them} turns; /save FILE or --history FILE would have kept them")
-        elif path is not None:
-            self._show(f"the conversation is in {path}")
+        elif self.saved.path is not None:
+            self._show(f"the conversation is in {self.saved.path}")
 
     def _command(self, verb: str, rest: str) -> None:
         commands: dict[str, Callable[[str], None]] = {
@@ -197,21 +234,23 @@ class _Chat:
         commands[verb](rest)
 
     def _say(self, text: str) -> None:
-        self._answer(lambda printer: self.conversation.say(text, streamer=printer))
+        self._answer(user(text))
 
-    def _answer(self, reply: Callable[[Any], Turn]) -> None:
-        """Show a reply as it comes, and who spoke."""
+    def _answer(self, message: Message) -> None:
+        """Say something, behind results that waited for others; show the reply as it comes, and who spoke."""
+        waiting, self.results = self.results, []
         printer = _Printer(tokenizer_of(self.conversation.model), self.console)
         before = len(self.conversation.turns)
         try:
-            turn = reply(printer)
-        except SvdExpertError:
-            printer.break_off()
-            raise
-        except KeyboardInterrupt:
+            turn = self.conversation.reply_to(*waiting, message, streamer=printer)
+        except (SvdExpertError, KeyboardInterrupt) as error:
             if len(self.conversation.turns) > before:
                 raise
             printer.break_off()
+            if waiting:
+                self._show(f"no result is kept: /result begins with {waiting[0]['name']} again")
+            if isinstance(error, SvdExpertError):
+                raise
             self._show("stopped: the message is taken back, and nothing of the reply is kept")
             return
         for one in read(turn.text).calls:
@@ -254,31 +293,37 @@ class _Chat:
         calls = read(self._last().text).calls
         if not calls:
             raise DispatchError("The last reply calls no function: there is nothing that could return something.")
-        name = calls[-1].name
+        name, due = calls[len(self.results)].name, calls[len(self.results) + 1 :]
         if not rest:
             raise DispatchError(f'Say what {name} returns, as text or JSON: /result {{"status": "done"}}.')
-        with contextlib.suppress(ValueError, RecursionError):
-            rest = json.dumps(json.loads(rest), ensure_ascii=False)
         told = {"role": "tool", "name": name, "content": rest}
-        self._answer(lambda printer: self.conversation.reply_to(told, streamer=printer))
+        if not due:
+            self._answer(told)
+            return
+        self.results.append(told)
+        self._show(f"{name} has returned that; next: /result TEXT says what {called(due[0])} returns")
 
     def _save_as(self, rest: str) -> None:
-        if not rest:
-            raise DispatchError("Say where: /save FILE.")
-        self._save(Path(rest))
-        self._show(f"saved in {rest}: {len(self.conversation.messages)} messages")
+        path = _path(rest)
+        self._save(path)
+        self._show(f"saved in {path}: {len(self.conversation.messages)} messages")
 
     def _save(self, path: Path) -> None:
-        """Write the conversation, over nothing but another one."""
+        """Write the conversation, over nothing but its own beginning."""
         try:
-            if path.exists():
-                read_saved(path)
+            if path.exists() and (self.saved.path, self.saved.stamp) != (path, _stamp(path)):
+                messages, _ = read_saved(path)
+                if not begins_with(self.conversation.messages, messages):
+                    raise DispatchError(
+                        f"The conversation in {path} is another one, or goes on otherwise than this: write this one "
+                        "elsewhere with /save OTHER."
+                    )
             self.conversation.save(path)
+            self.saved = _Saved(path, len(self.conversation.turns), _stamp(path))
         except DispatchError as error:
             raise DispatchError(f"{error} Nothing was written.") from error
         except (OSError, ValueError) as error:
             raise DispatchError(f"{path} cannot be written ({error}).") from error
-        self.saved = (path, len(self.conversation.turns))
 
     def _help(self, rest: str) -> None:
         width = max(map(len, COMMANDS))
@@ -301,13 +346,41 @@ def _check_text(line: str) -> None:
         raise DispatchError("That line is no text in UTF-8, so that nothing was said.") from error
 
 
-def _typed(console: Console) -> Iterator[str]:
-    """Yield what is typed; bytes that are no text come as what cannot be encoded, and are refused by line."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # something was read from it already
-            sys.stdin.reconfigure(errors="surrogateescape")
+def _path(typed: str) -> Path:
+    """Return the file that somebody means, with or without quotation marks, which its name may also hold itself."""
+    words = []
+    with contextlib.suppress(ValueError):
+        words = shlex.split(typed)
+    name = words[0] if len(words) == 1 else typed
+    if not name:
+        raise DispatchError("Say where: /save FILE.")
     try:
-        while True:
-            yield console.input("> ")
-    except (EOFError, KeyboardInterrupt):
-        console.print()
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DispatchError(f"{name} is in nobody's home folder ({error}).") from error
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes where a file is written anew."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+class _Typed:
+    """What is typed, line by line; bytes that are no text come as what cannot be encoded, and are refused by line."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            with contextlib.suppress(io.UnsupportedOperation):  # something was read from it already
+                sys.stdin.reconfigure(errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return self.console.input("> ")
+        except EOFError:
+            self.console.print()
+            raise StopIteration from None

@@ -16,7 +16,7 @@ from rich.console import Console
 from test_dispatch import OPENS, Halves
 
 from svdexpert import DispatchError, Expert, SpectralModel
-from svdexpert.chat import COMMANDS, run, weights_in
+from svdexpert.chat import COMMANDS, _Chat, run, weights_in
 from svdexpert.decision import Decision
 from svdexpert.dialogue import Conversation, Turn, read_saved
 from svdexpert.worlds import assistant, user
@@ -95,6 +95,8 @@ def test_commands_change_who_speaks(conversation: Conversation, tmp_path: Path) 
         ("/base", "Nobody has replied"),
         ("/result done", "Nobody has replied"),
         ("/save", "Say where"),
+        ('/save ""', "Say where"),
+        ("/save ~nobody-of-that-name/talk.json", "is in nobody's home folder"),
         ("caf\udce9", "That line is no text"),
         ("/mix \udce9", "That line is no text"),
         ("/save /proc/nowhere/at.json", "cannot be written"),
@@ -173,7 +175,95 @@ def test_an_interrupt_ends_a_reply_alone(conversation: Conversation, monkeypatch
     monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(at_the_prompt()))
     screen = io.StringIO()
     run(conversation, console=Console(file=screen, width=200))
+    assert screen.getvalue().count("Ctrl-C once more") == 1
     assert screen.getvalue().endswith("not saved: 2 of 2 turns; /save FILE or --history FILE would have kept them\n")
+
+
+def test_one_interrupt_at_the_prompt_clears_the_line(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, "/base", KeyboardInterrupt, KeyboardInterrupt, "no"])
+
+    def answer(self: Console, prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    shows = _Chat._show
+
+    def interrupted(self: _Chat, text: str) -> None:
+        shows(self, text)
+        if text == "stopped" or text.startswith("/quit"):  # while it says what came of the one before
+            raise KeyboardInterrupt
+
+    def interrupting(self: Conversation) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rich.console.Console.input", answer)
+    monkeypatch.setattr(_Chat, "_show", interrupted)
+    monkeypatch.setattr(Conversation, "base_reply", interrupting)
+    screen = io.StringIO()
+    run(conversation, console=Console(file=screen, width=200))
+    assert screen.getvalue().count("ends the conversation; so does Ctrl-C once more") == 4
+    assert [one["content"] for one in conversation.messages if one["role"] == "user"] == ["hello"]
+    assert next(typed) == "no"
+
+
+def test_a_line_that_breaks_off_is_ended(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Conversation, *messages: Any, streamer: Any) -> Turn:
+        streamer.on_finalized_text("half a")
+        raise DispatchError("no more") if messages[0]["content"] == "hello" else KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "reply_to", broken)
+    said = shown(conversation, "hello", "and now")
+    assert "half a\nno more\n" in said
+    assert "half a\nstopped: the message is taken back" in said
+
+
+def test_the_end_is_the_end_whatever_else_is_said(conversation: Conversation) -> None:
+    assert "There is no" not in shown(conversation, "/quit now", "hello")
+    assert not conversation.turns
+
+
+def test_a_file_is_where_a_shell_would_have_it(
+    conversation: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    names = ("~/a.json", "'b c.json'", '"~/d.json"', "e f.json", "it's.json")
+    assert shown(conversation, *(f"/save {one}" for one in names)).count("saved in") == 5
+    assert {one.name for one in tmp_path.iterdir()} == {"a.json", "b c.json", "d.json", "e f.json", "it's.json"}
+
+
+def test_no_other_conversation_is_written_over(
+    conversation: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, two = tmp_path / "talk.json", tmp_path / "two.json"
+    other = Conversation(conversation.model, conversation.library, max_new_tokens=8)
+    shown(other, "something else", f"/save {two}")
+
+    def lines() -> Iterator[str]:
+        yield "hello"
+        beside = Conversation(conversation.model, conversation.library, max_new_tokens=8)
+        assert f"the conversation is in {file}" in shown(beside, "from beside", history=file)
+        yield "and now"
+        yield f"/save {two}"
+        yield f"/save {tmp_path / 'three.json'}"
+
+    before = two.read_bytes()
+    screen = io.StringIO()
+    run(conversation, file, console=Console(file=screen, width=400), lines=lines())
+    assert screen.getvalue().count("write this one elsewhere with /save OTHER. Nothing was written.") == 2
+    assert two.read_bytes() == before
+    assert [one["content"] for one in read_saved(file)[0] if one["role"] == "user"] == ["hello", "from beside"]
+    assert read_saved(tmp_path / "three.json")[0] == conversation.messages
+    assert "write this one elsewhere" not in shown(other, f"/save {two}", f"/save {two}")
+    read: list[Path] = []
+    monkeypatch.setattr("svdexpert.chat.read_saved", lambda path: read.append(path) or read_saved(path))
+    assert "saved in" in shown(other, f"/save {two}", f"/save {two}", "more", f"/save {two}")
+    assert read == [two]  # what it has written itself is not read again
+    assert f"the conversation is in {two}" in shown(other, history=two)  # nothing was said, and nothing is lost
 
 
 def test_bytes_that_are_no_text_cost_their_line_alone(
@@ -207,13 +297,37 @@ def test_a_function_that_is_called_returns_something(
     assert "The last reply calls no function" in said
     told = [one for one in conversation.messages if one["role"] == "tool"]
     assert told == [
-        {"role": "tool", "name": "book", "content": '{"ok": true}'},
+        {"role": "tool", "name": "book", "content": '{"ok":true}'},
         {"role": "tool", "name": "book", "content": "it is full"},
     ]
     assert len(conversation.turns) == 4
 
 
+def test_two_calls_return_something_each(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = "".join(f'<tool_call>{{"name": "{one}", "arguments": {{}}}}</tool_call>' for one in ("book", "ring"))
+    texts = iter([both, "Done.", both, "Well."])
+    monkeypatch.setattr("svdexpert.dialogue.text_of", lambda *_: next(texts))
+    said = shown(conversation, "hello", "/result", "/result 1.10", "/result", '/result {"a":  1e2}', "/result again")
+    for one in ("Say what book returns", "next: /result TEXT says what ring() returns", "Say what ring returns"):
+        assert said.count(one) == 1
+    assert conversation.messages[2:4] == [
+        {"role": "tool", "name": "book", "content": "1.10"},
+        {"role": "tool", "name": "ring", "content": '{"a":  1e2}'},
+    ]
+    assert "The last reply calls no function" in said
+    said = shown(conversation, "more", "/result one", "/result " + "x" * 300, "/result", "/result 1", "never mind")
+    assert "no result is kept: /result begins with book again" in said
+    assert said.count("Say what book returns") == 1
+    assert [one["content"] for one in conversation.messages[-3:-1]] == ["1", "never mind"]
+
+
+def test_a_history_in_which_nothing_was_said_is_saved(conversation: Conversation, tmp_path: Path) -> None:
+    shown(conversation, "hello", f"/save {tmp_path / 'talk.json'}")
+    other = Conversation(conversation.model, conversation.library)
+    assert "not saved" not in shown(other, history=tmp_path / "talk.json")
+
+
 def test_what_was_left_out_is_said(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = Turn(assistant("yes"), "yes", Decision({}, 1.0, ""), 1, 0, dropped=3)
-    monkeypatch.setattr(Conversation, "say", lambda *_, **__: turn)
+    monkeypatch.setattr(Conversation, "reply_to", lambda *_, **__: turn)
     assert "its first 3 turns were left out" in shown(conversation, "hello")
