@@ -141,6 +141,7 @@ def run(
                 chat.take(line)
         except KeyboardInterrupt:
             if line is None and interrupted:
+                console.print()
                 break
             interrupted = line is None
             with contextlib.suppress(KeyboardInterrupt):

@@ -176,7 +176,9 @@ def test_an_interrupt_ends_a_reply_alone(conversation: Conversation, monkeypatch
     screen = io.StringIO()
     run(conversation, console=Console(file=screen, width=200))
     assert screen.getvalue().count("Ctrl-C once more") == 1
-    assert screen.getvalue().endswith("not saved: 2 of 2 turns; /save FILE or --history FILE would have kept them\n")
+    assert screen.getvalue().endswith(
+        "\n\nnot saved: 2 of 2 turns; /save FILE or --history FILE would have kept them\n"
+    )
 
 
 def test_one_interrupt_at_the_prompt_clears_the_line(
