@@ -15,6 +15,8 @@ finished run is one row of benchmarks/results/register.json; rows that are there
                         composite_in_turn_
     composite_over_multitask            the same over the multi-task LoRA's, infinite where that is 0; _told
     regret_             success of the oracle (the first set of RIGHT) less that of the strategy, mean over kinds
+    tokens_added        mean tokens that `prompt` and `classify` read beside the prompt: their question and the labels.
+                        No other strategy reads any; where an expert speaks, what opens the reply is read again
     router_ms           milliseconds a prompt that a router adds to one token from the same mixture given by hand
     routed_over_fixed, routed_over_base     time of 64 tokens, routed over given by hand, over the base
     abstain_exact       share of plain contexts that are answered as the base answers them, token for token
@@ -57,7 +59,18 @@ from svdexpert.cli import run_command
 from svdexpert.conversation import continuation, render, tokenizer_of
 from svdexpert.decision import Asked, Context, Decision, Dispatcher
 from svdexpert.dialogue import Conversation, Policy, next_token_divergence
-from svdexpert.dispatch import Example, decide, examples_of, fit, open_file, save_dispatcher, stamp
+from svdexpert.dispatch import (
+    NOBODY,
+    Example,
+    decide,
+    examples_of,
+    fit,
+    open_file,
+    question,
+    quoted,
+    save_dispatcher,
+    stamp,
+)
 from svdexpert.dispatch.fewshot import search
 from svdexpert.dispatch.router import guessed_pairs, kinds_of_pairs, labels, probabilities, regressions
 from svdexpert.evaluate import FAMILIES, judge
@@ -307,6 +320,16 @@ def told(seed: int, n: int) -> dict[str, float]:
 # --- what it costs
 
 
+def tokens_added(seed: int, n: int) -> dict[str, float]:
+    """Return how many tokens are read beside the prompt where contexts are labelled."""
+    of = of_seed(seed, n)
+    labels, tokenizer = {**LABELS, NOBODY: "anything else"}, tokenizer_of(of.model)
+    answers = sum(len(continuation(tokenizer, label)) + 1 for label in labels)  # with the end of a turn
+    contexts = [one.context for one in of.items]
+    questions = [len(render(tokenizer, [question(quoted(one), labels)], one.tools)) for one in contexts]
+    return {"tokens_added": fmean(questions) + answers}
+
+
 def costs(seed: int, n: int) -> dict[str, Any]:
     """Return times of 16 prompts in one batch: routed, with the same mixtures given by hand, and by the base."""
     of = of_seed(seed, n)
@@ -526,6 +549,7 @@ def figures(grid: Grid) -> dict[str, float]:
         found[f"router_{name}"] = found.get(f"{name}_router", math.nan)
     found["abstain_exact"] = mean(grid.find(strategy="router"), "abstain_exact")
     for kind, keys in {
+        "tokens added": ("tokens_added",),
         "costs": ("router_ms", "routed_over_fixed", "routed_over_base"),
         "switched": ("switch_loss", "switch_loss_told", "reuse_kl", "reuse_kl95"),
     }.items():
@@ -582,6 +606,7 @@ def main(seeds: int = 3, n: int = 100, workers: int = 2) -> None:
     grid.all(jobs, workers)
     grid.write(figures(grid))
     alone, few = {"seed": 0, "n": n}, {"seed": 0, "n": min(n, X_LORA)}
+    grid.once({"what": "tokens added", **alone}, tokens_added, **alone)
     grid.once({"what": "costs", **alone}, costs, **alone)
     for tokens in (512, 960):
         grid.once({"what": "next token", "tokens": tokens, **alone}, next_token_times, tokens=tokens, **alone)

@@ -209,11 +209,9 @@ def generate(
             raise MixtureError("--mix names experts: say where they are with --experts FOLDER.")
     loaded = _load_for(model, library, calibration, revision, dtype, device_map, trust_remote_code)
     torch.manual_seed(seed)
-    decisions = [Decision(row, 1.0, "given") for row in rows]
+    decisions: list[Decision] = []
     turn = [{"role": "user", "content": prompt}] if chat else prompt
-    who: dict[str, Any] = {"experts": rows}
-    if made is not None:
-        who = {"dispatcher": made, "on_decision": lambda found: decisions.__setitem__(slice(None), found)}
+    who = {"experts": rows} if made is None else {"dispatcher": made, "on_decision": decisions.extend}
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     replies = loaded.generate(
         cast(Any, [turn] * len(rows)),
@@ -226,7 +224,7 @@ def generate(
     table = Table(show_lines=True)
     table.add_column("mixture")
     table.add_column("reply", overflow="fold")
-    for decision, reply in zip(decisions, replies, strict=True):
+    for decision, reply in zip(decisions or [Decision(row, 1.0, "given") for row in rows], replies, strict=True):
         table.add_row(Text(spoken(decision)), Text(str(reply)))
     _show(table)
     if why:
@@ -520,7 +518,7 @@ def fit_dispatcher(
 
     dispatch.typed_settings(strategy, settings)  # a typing mistake is told before anything is loaded
     file = _file_to_write("--out", out)
-    library = _chosen_from(experts)
+    library = _chosen_from(_experts(experts))
     progress = sys.stderr.isatty()
     if "progress" in signature(dispatch.load(strategy).fit).parameters:
         settings = {"progress": progress, **settings}
@@ -596,7 +594,7 @@ def eval_dispatcher(
     from svdexpert import dispatch, evaluate, report, worlds
     from svdexpert.storage import whole_file
 
-    library = _chosen_from(experts)
+    library = _chosen_from(_experts(experts))
     made = _dispatcher(dispatcher, library, strategy)
     file = None if log is None else _file_to_write("--log", log)
     if examples is not None:
@@ -710,8 +708,7 @@ def _dispatcher(path: str, library: "Mapping[str, Expert]", strategy: str | None
     """Return the dispatcher in a file, which may choose from a library."""
     from svdexpert import dispatch
 
-    if not library:
-        raise DispatchError("A dispatcher chooses from experts: say where they are with --experts FOLDER.")
+    _chosen_from(library)
     return dispatch.open_file(path, strategy)
 
 
@@ -734,11 +731,11 @@ def _dispatcher_table(path: str, strategy: str | None) -> "Table":
     return table
 
 
-def _chosen_from(path: str | None) -> "Mapping[str, Expert]":
-    """Return the experts that a dispatcher chooses from."""
-    if path is None:
-        raise ExpertError("A dispatcher chooses from experts: say where they are with --experts FOLDER.")
-    return _experts(path)
+def _chosen_from(library: "Mapping[str, Expert]") -> "Mapping[str, Expert]":
+    """Return the experts that a dispatcher chooses from, which have to be there."""
+    if not library:
+        raise DispatchError("A dispatcher chooses from experts: say where they are with --experts FOLDER.")
+    return library
 
 
 def _file_to_write(option: str, path: str) -> Path:

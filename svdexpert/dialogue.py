@@ -530,7 +530,7 @@ def _turn_of(row: Mapping[str, Any]) -> Turn:
     )
     decision = Decision(weights, float(told["confidence"]), str(told["because"]), scores, alone)
     parts = tuple(map(str, row["parts"]))
-    given = row.get("dispatched")  # 0.1.0 had neither this nor the next
+    given = row.get("dispatched")  # older files have neither this nor the next
     dispatched = None if given is None else {str(name): float(one) for name, one in given.items()}
     how = (int(row["read"]), int(row["kept"]), parts, int(row.get("dropped", 0)), dispatched)
     return Turn(dict(row["reply"]), str(row["text"]), decision, *how)

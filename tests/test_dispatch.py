@@ -36,8 +36,8 @@ from svdexpert.dispatch import (
     read,
     read_examples,
     save_dispatcher,
-    split,
     typed_settings,
+    with_validation,
 )
 from svdexpert.dispatch import router as router_module
 from svdexpert.dispatch.classify import Classify
@@ -560,7 +560,7 @@ def test_a_fifth_of_each_kind_is_kept_to_choose_settings_on(wanted: list[str]) -
         Example(Context(({"role": "user", "content": str(place)},)), frozenset([one] if one else []))
         for place, one in enumerate(wanted)
     ]
-    learnt, held = split(rows)
+    learnt, held = with_validation(rows)
     assert sorted(map(str, [*learnt, *held])) == sorted(map(str, rows))
     for kind in {one.wanted for one in rows}:
         many = [sum(one.wanted == kind for one in part) for part in (learnt, held)]

@@ -148,7 +148,7 @@ def fit(
             "contexts in which no expert should speak."
         )
     if not validation and getattr(module, "CHOOSES", True):
-        examples, validation = split(examples)
+        examples, validation = with_validation(examples)
     return cast(Dispatcher, module.fit(model, library, examples, validation, **settings))
 
 
@@ -204,7 +204,7 @@ def check_wanted(examples: Sequence[Example], library: Mapping[str, Expert] | Ba
                 )
 
 
-def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+def with_validation(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """Return what is learnt from, and what settings are chosen on.
 
     Of those that want the same experts every fifth is kept to choose on, of fewer than five the last one, and of one
@@ -215,7 +215,7 @@ def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     parts: tuple[list[Example], list[Example]] = ([], [])
     for one in examples:
         seen[one.wanted] += 1
-        parts[seen[one.wanted] in range(min(5, max(2, many[one.wanted])), len(examples) + 1, 5)].append(one)
+        parts[seen[one.wanted] % min(5, max(2, many[one.wanted])) == 0].append(one)
     return parts
 
 

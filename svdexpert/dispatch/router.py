@@ -23,7 +23,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 from statistics import fmean
 from typing import Any, ClassVar
@@ -213,8 +212,9 @@ def fit(
         "temperature": temperature,
     }
     if strength is None:
-        likeliest = partial(likeliest_strength, model, library, examples=validation, batch_size=batch_size)
-        strengths = {name: likeliest(name=name, progress=progress) for name in names}
+        strengths = {
+            name: likeliest_strength(model, library, name, validation, batch_size, progress=progress) for name in names
+        }
     else:
         strengths = dict.fromkeys(names, float(strength))
     made_for = stamp(model, names, library)
@@ -248,8 +248,8 @@ def likeliest_strength(
     found: dict[float, float] = {}
     for strength in STRENGTHS:
         with model.using({name: strength}, library):
-            how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "contexts": contexts}
-            given = answers(model, prompts, set(), f"{name} at {strength:g}", **how)
+            doing = f"{name} at {strength:g}"
+            given = answers(model, prompts, set(), doing, batch_size=batch_size, progress=progress, contexts=contexts)
         found[strength] = fmean(fmean(answer.scores[0]) for answer in given)
     return max(found, key=lambda one: found[one])
 
